@@ -14,6 +14,7 @@ Sources:
 Shapes: B sequences, T tokens each, d = hidden_size, V = vocab_size.
 """
 
+import argparse
 import base64
 import codecs
 import hashlib
@@ -33,6 +34,13 @@ class BadInput(ValueError):
     """Something the user gave (a file, an argument, a prompt) cannot be used. Command lines print it and exit 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
+
+
 def read_json(path):
     """The JSON object in a file. Raises BadInput when the file is absent or is not a JSON object."""
     try:
@@ -44,6 +52,22 @@ def read_json(path):
     if not isinstance(value, dict):
         raise BadInput(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_jsonl(path):
+    """(line number, object) of each line of a file of JSON objects. Raises BadInput, with the line number, for a
+    line that is none, and when the file cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise BadInput(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+                yield number, row
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path}, line {number}: not JSON ({error.msg})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -65,7 +89,7 @@ class LlamaConfig:
     rope_scaling: dict | None = None       # None, or Llama 3's scaling
     tie_word_embeddings: bool = False
     eos_token_ids: tuple = ()              # every id that ends a sequence
-    name: str = ""                         # which checkpoint this is, for messages and adapter metadata
+    name: str = ""                         # which checkpoint this is, for messages
 
     @classmethod
     def load(cls, folder):
@@ -83,6 +107,10 @@ class LlamaConfig:
         kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
         if kind not in ("default", "llama3"):
             raise BadInput(f"{path}: rope type {kind!r} is not supported, only 'default' and 'llama3' are")
+        if kind == "llama3":
+            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                if key not in rope:
+                    raise BadInput(f"{path}: the field {key} of the rope scaling is missing")
         eos = raw.get("eos_token_id")
         try:
             config = cls(
@@ -141,7 +169,7 @@ class Linear(nn.Linear):
     def forward(self, x):                                                       # (..., d_in)
         if x.device.type == "cpu" and x.numel() <= 512 * x.shape[-1]:
             # The same product as (W xᵀ)ᵀ: with few rows, CPU libraries read W two to three times faster so.
-            return (self.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+            return (self.weight @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], self.weight.shape[0])
         return F.linear(x, self.weight)                                         # (..., d_out)
 
 
@@ -218,7 +246,7 @@ class Llama(nn.Module):
     """A decoder-only transformer. Calling it gives hidden states; `logits` turns those into scores of tokens.
 
     `tokenizer` and `template` (the chat format) are set by `load` when the folder has a vocabulary.
-    `fingerprint` tells checkpoints of the same shape apart: adapters are tied to it.
+    `fingerprint` is a hash of the first row of every weight: adapters are tied to it, whatever the folder's name.
     """
 
     def __init__(self, config):
@@ -268,8 +296,14 @@ class Llama(nn.Module):
     def load(cls, folder, dtype=torch.float32, device="cpu"):
         """Load a Llama checkpoint in the Hugging Face layout (one file, or shards with an index), frozen.
 
-        Raises BadInput, with the file and the tensor named, for anything missing, extra or misshapen.
+        Raises BadInput, with the file and the tensor named, for anything missing, extra or misshapen, and for a
+        device that this machine does not have.
         """
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise BadInput(f"device {device!r} cannot be used here; cpu always can, cuda or mps on some "
+                           "machines") from None
         folder = Path(folder)
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder; expected one with config.json and model.safetensors")
@@ -277,7 +311,7 @@ class Llama(nn.Module):
         with torch.device("meta"):                                              # shapes only, no memory
             model = cls(config)
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-        found = {}
+        found, first_rows = {}, {}
         for path in checkpoint_files(folder):
             for name, tensor in read_tensors(path):
                 if name.endswith("rotary_emb.inv_freq"):                        # old files carry what we compute
@@ -289,12 +323,12 @@ class Llama(nn.Module):
                 if tensor.shape != wanted[name]:
                     raise BadInput(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
                                    f"config.json asks for {tuple(wanted[name])}")
-                if name == "model.norm.weight":                                 # before rounding to dtype
-                    model.fingerprint = hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()[:12]
+                first_rows[name] = tensor[0].float().numpy().tobytes()          # before rounding to dtype
                 found[name] = tensor.to(device, dtype)
         for name in wanted:
             if name not in found:
                 raise BadInput(f"{folder}: tensor {name} is missing from the safetensors files")
+        model.fingerprint = hashlib.sha256(b"".join(first_rows[name] for name in sorted(found))).hexdigest()[:12]
         model.load_state_dict(found, strict=False, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
@@ -377,39 +411,49 @@ class Tokenizer:
 
     def __init__(self, folder):
         path, config_path = Path(folder) / "vocab.tiktoken", Path(folder) / "tokenizer_config.json"
+        self.path = config_path
         config = read_json(config_path)
         try:
             data = path.read_bytes()
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
             self.special = dict(config["special_tokens"])
             self.templates = config["templates"]
+            self.size = max(*ranks.values(), *self.special.values()) + 1
+            # tiktoken stops the program at a byte that has no token (SmolLM2 lacks 21 that are rare or no UTF-8):
+            # such a byte gets an id beyond the vocabulary here, and `encode` leaves it out.
+            absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+            ranks |= {byte: self.size + i for i, byte in enumerate(absent)}
             self.encoding = tiktoken.Encoding(path.stem, pat_str=config["pattern"], mergeable_ranks=ranks,
                                               special_tokens=self.special)
         except KeyError as key:
             raise BadInput(f"{config_path}: the field {key} is missing") from None
         except (OSError, ValueError) as error:
             raise BadInput(f"{path}: not a readable vocabulary ({error})") from None
-        self.size = self.encoding.max_token_value + 1
         self.fingerprint = hashlib.sha256(data).hexdigest()[:12]    # equal for equal vocabularies
         self.control = set(self.special.values())
 
     def encode(self, text):
-        """Token ids of plain text: what looks like a control token is ordinary text here."""
-        try:
-            return self.encoding.encode_ordinary(text)
-        except UnicodeEncodeError:
-            raise BadInput("the text is not valid Unicode (it has unpaired surrogates)") from None
+        """Token ids of plain text: what looks like a control token is ordinary text here. Bytes that have no token
+        are left out. Raises BadInput for text that is not Unicode (an argument with undecodable bytes)."""
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise BadInput("the text is not valid Unicode: it has unpaired surrogates")
+        return [token for token in self.encoding.encode_ordinary(text) if token < self.size]
 
     def template(self, name):
         """The Template of that name. Its texts are the repository's own, so control tokens are allowed."""
-        parts = self.templates[name]
+        try:
+            parts = self.templates[name]
+            parts["prefix"], parts["infix"]
+        except (KeyError, TypeError):
+            raise BadInput(f"{self.path}: no template {name!r} with a prefix and an infix") from None
         return Template(*(self.encoding.encode(parts[key], allowed_special="all") for key in ("prefix", "infix")))
 
     def prompt(self, user, prefill="", hide_prefill=False):
         """A Prompt, tokenized piece by piece. Raises BadInput for an empty text."""
-        if not user.strip():
+        prompt = Prompt(self.encode(user), self.encode(prefill), hide_prefill)
+        if not user.strip() or not prompt.user:
             raise BadInput("the prompt is empty; expected some text")
-        return Prompt(self.encode(user), self.encode(prefill), hide_prefill)
+        return prompt
 
     def decode(self, tokens):
         """The text of token ids, without control tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -419,7 +463,8 @@ class Tokenizer:
         """The text that each token adds, such that the pieces joined are the whole text. A character whose bytes
         are spread over several tokens comes with the last of them: a stream never shows half a character."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        pieces = [decoder.decode(b"" if token in self.control else self.encoding.decode_single_token_bytes(token))
+        silent = lambda token: token in self.control or token >= self.size      # a head may be padded beyond that
+        pieces = [decoder.decode(b"" if silent(token) else self.encoding.decode_single_token_bytes(token))
                   for token in tokens]
         tail = decoder.decode(b"", final=True)
         return pieces[:-1] + [pieces[-1] + tail] if pieces else pieces

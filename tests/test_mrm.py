@@ -1,0 +1,223 @@
+"""Reward models: the loss is partial supervision, only the adapter learns, M_cons forbids, adapters fit or are refused."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDEN
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from model import BadInput, Llama, LlamaConfig, Template
+from mrm import (MRM, Guard, LoRALinear, add_lora, load_adapter, load_released_mrm, merge_lora,
+                 partial_supervision_loss, save_adapter, trained_tensors)
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def randomized(reward_model, seed=0):
+    """Give every trained tensor values as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in trained_tensors(reward_model).items():
+        if tensor.is_floating_point():
+            tensor.data = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / 10
+        else:
+            tensor[::5] = True
+    return reward_model
+
+
+@pytest.fixture
+def new_mrm(tiny_guard):
+    return randomized(MRM(add_lora(tiny_guard, 4, 8, TARGETS), Template([0, 21], [22, 23])))
+
+
+@pytest.fixture
+def new_guard(tiny_guard):
+    return randomized(Guard(add_lora(tiny_guard, 4, 8, TARGETS, first_layer=1), Template([0, 21], [22, 23])))
+
+
+def test_loss_equals_the_naive_one(new_mrm):
+    """Against M(s) in full, [positions, vocab], of which the entry of the token that is really there is picked."""
+    tokens = torch.randint(0, 512, (3, 15), generator=torch.Generator().manual_seed(1))
+    rewards = torch.randn(3, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    hidden = new_mrm.llama(tokens)[:, :-1]                              # h(s[0:j]) for j = 1..14
+    full = new_mrm.rewards(hidden)                                      # [3, 14, 512]
+    naive = sum((full[i, j, tokens[i, j + 1]] - rewards[i, j]) ** 2 for i in range(3) for j in range(14)) / (3 * 14)
+    loss = partial_supervision_loss(new_mrm, hidden.flatten(0, 1), tokens[:, 1:].flatten(), rewards.flatten())
+    torch.testing.assert_close(loss, naive, atol=1e-12, rtol=1e-12)
+
+
+def test_gradient_touches_the_adapter_only(new_mrm):
+    tokens = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(1))
+    hidden = new_mrm.llama(tokens)[:, :-1].flatten(0, 1)
+    children = tokens[:, 1:].flatten()
+    partial_supervision_loss(new_mrm, hidden, children, torch.ones(16, dtype=torch.float64)).backward()
+    touched = {name for name, p in new_mrm.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched == {name for name in trained_tensors(new_mrm) if name != "unseen"}
+    assert {name.split(".")[-1] for name in touched} == {"lora_A", "lora_B", "gain", "bias"}
+    outside = [token for token in range(512) if token not in children.tolist()]
+    assert new_mrm.bias.grad[outside].abs().sum() == 0                  # only the children that are there learn
+
+
+def test_lora_starts_at_the_base_model_and_shares_its_weights(tiny_guard):
+    copy = add_lora(tiny_guard, 4, 8, TARGETS, first_layer=1)
+    tokens = torch.arange(10)[None]
+    assert torch.equal(copy(tokens), tiny_guard(tokens))                # B = 0
+    assert copy.model.embed_tokens.weight is tiny_guard.model.embed_tokens.weight
+    assert [sum(isinstance(m, LoRALinear) for m in block.modules()) for block in copy.model.layers] == [0, 2]
+    assert not any(isinstance(m, LoRALinear) for m in tiny_guard.modules())
+
+
+def test_merging_changes_nothing_but_the_speed(new_mrm):
+    tokens = torch.arange(10)[None]
+    before = new_mrm.llama(tokens)
+    merge_lora(new_mrm.llama)
+    torch.testing.assert_close(new_mrm.llama(tokens), before, atol=1e-12, rtol=0)
+    assert not any(isinstance(m, LoRALinear) for m in new_mrm.modules())
+
+
+def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
+    hidden = new_mrm.llama(torch.arange(6)[None])[0]
+    free, cons = new_mrm.rewards(hidden), new_mrm.conservative_rewards(hidden)
+    assert torch.equal(cons == -math.inf, new_mrm.unseen.expand_as(cons)) and new_mrm.unseen.any()
+    assert torch.equal(cons[:, ~new_mrm.unseen], free[:, ~new_mrm.unseen])
+
+
+def test_one_pass_of_the_guard_scores_every_prefix(new_guard):
+    from trie_cache import TrieCache
+    tokens = [5, 6, 7, 8, 9]
+    every = new_guard.rewards(new_guard.llama(torch.tensor([tokens]))[0])
+    each = new_guard.score(TrieCache(new_guard.llama), [tokens[:i + 1] for i in range(5)])
+    torch.testing.assert_close(every, each, atol=1e-12, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# adapters of this repository
+
+@pytest.mark.parametrize("kind", ["guard", "mrm"])
+def test_an_adapter_comes_back(kind, tmp_path, tiny_guard, request):
+    model = request.getfixturevalue(f"new_{kind}")
+    for name, tensor in trained_tensors(model).items():
+        if "lora_" in name:
+            tensor.data = tensor.data.half().double()                   # LoRA is stored in float16
+    path = tmp_path / "a.safetensors"
+    save_adapter(model, path, 4, 8, TARGETS, 1 if kind == "guard" else 0, "python train_mrm.py ...")
+    back = load_adapter(path, tiny_guard, kind)
+    hidden = lambda m: m.llama(torch.arange(9)[None])[0]
+    rewards = lambda m: (m.rewards if kind == "guard" else m.conservative_rewards)(hidden(m))
+    torch.testing.assert_close(rewards(back), rewards(model), atol=1e-12, rtol=0)
+    assert back.template == model.template and not any(p.requires_grad for p in back.parameters())
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["command"]) == "python train_mrm.py ..."
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]    # no temporary file is left
+
+
+@pytest.fixture
+def adapter(tmp_path, new_mrm):
+    """An adapter of tiny_guard, with changes to its metadata or tensors: adapter(rank=2) -> path."""
+    def write(tensors={}, **changes):
+        path = tmp_path / "a.safetensors"
+        save_adapter(new_mrm, path, 4, 8, TARGETS, 0, "")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() | {key: json.dumps(value) for key, value in changes.items()}
+            found = {name: file.get_tensor(name) for name in file.keys()} | tensors
+        save_file({n: t for n, t in found.items() if t is not None}, path, metadata=metadata)
+        return path
+    return write
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"base_fingerprint": "beef"}, ["base model", "beef", "tiny_guard"]),
+    ({"vocabulary": "feed"}, ["vocabulary", "feed"]),
+    ({"kind": "guard"}, ["guard", "mrm"]),
+    ({"rank": 2}, ["(4, 48)", "(2, 48)", "rank 2"]),
+    ({"tensors": {"bias": None}}, ["bias", "missing"]),
+    ({"tensors": {"bias": torch.zeros(3)}}, ["bias", "(3,)", "(512,)"]),
+])
+def test_an_adapter_of_something_else_is_refused(adapter, tiny_guard, changes, said):
+    with pytest.raises(BadInput) as error:
+        load_adapter(adapter(**changes), tiny_guard, "mrm")
+    assert all(word in str(error.value) for word in said), error.value
+
+
+def test_an_adapter_of_another_checkpoint_is_refused(adapter, tiny_policy):
+    with pytest.raises(BadInput, match="tiny_guard.*tiny_policy"):
+        load_adapter(adapter(), tiny_policy, "mrm")
+
+
+@pytest.mark.parametrize("rank, targets, first_layer, said", [
+    (0, TARGETS, 0, "rank.*at least 1"), (4, ["q_proj", " v_proj"], 0, "targets.*q_proj, k_proj"),
+    (4, TARGETS, 2, "first layer.*0 and 1"),
+])
+def test_lora_where_there_is_none_is_refused(tiny_guard, rank, targets, first_layer, said):
+    with pytest.raises(BadInput, match=said):
+        add_lora(tiny_guard, rank, 8, targets, first_layer)
+
+
+def test_a_file_that_is_no_adapter_is_refused(tiny_guard, tmp_path):
+    (tmp_path / "broken").write_bytes(b"not safetensors")
+    for path, said in ((tmp_path / "absent", "no such file"), (tmp_path / "broken", "not a readable adapter"),
+                       (GOLDEN / "tiny_guard" / "model.safetensors", "not an adapter")):
+        with pytest.raises(BadInput, match=said):
+            load_adapter(path, tiny_guard, "mrm")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the layout of the released weights
+
+def test_released_layout_gives_the_golden_rewards(tiny_mrm, golden_search):
+    """Rewards of the paper's authors' code: LoRA scale, template and bias must all be right."""
+    for case in golden_search["cases"]:
+        hidden = tiny_mrm.llama(torch.tensor([tiny_mrm.template(case["prompt"])]))[0, -1]
+        expected = torch.tensor(case["first_rewards"], dtype=torch.float64)
+        torch.testing.assert_close(tiny_mrm.rewards(hidden)[:8], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"use_rslora": True}, "use_rslora"), ({"r": 2}, "rank 2"), ({"peft_type": "IA3"}, "peft_type"),
+])
+def test_other_kinds_of_adapter_are_refused(tmp_path, tiny_guard, change, said):
+    shutil.copytree(GOLDEN / "tiny_mrm", tmp_path / "mrm")
+    path = tmp_path / "mrm" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadInput, match=said):
+        load_released_mrm(tmp_path / "mrm", tiny_guard, Template([], []))
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path, tiny_guard):
+    shutil.copytree(GOLDEN / "tiny_mrm", tmp_path / "mrm")
+
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was run"), "w"))
+
+    torch.save(Malicious(), tmp_path / "mrm" / "lm_head_bias.pt")
+    with pytest.raises(BadInput, match="lm_head_bias.pt: not a plain tensor"):
+        load_released_mrm(tmp_path / "mrm", tiny_guard, Template([], []))
+    assert not (tmp_path / "was run").exists()
+
+
+def test_the_released_weights(public_data):
+    """The real Saffron-1 adapter at its real shapes, on a base model of Llama-Guard-3-1B's shape with zero weights
+    (the real one is gated)."""
+    folder = public_data / "saffron_1_1b"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    config = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=1, num_hidden_layers=16,
+                         num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
+                         tie_word_embeddings=True)
+    with torch.device("meta"):
+        llama = Llama(config)
+    llama = llama.to_empty(device="cpu").to(torch.bfloat16).requires_grad_(False)
+    for p in llama.parameters():
+        p.data.zero_()
+    mrm = load_released_mrm(folder, llama, Template([128000, 271, 1502, 25], [271, 17230, 25]))
+    assert int((~mrm.unseen).sum()) == 36_243 and mrm.bias.isfinite().all() and mrm.bias.abs().sum() > 0
+    assert all(block.self_attn.q_proj.weight.abs().sum() > 0 for block in mrm.llama.model.layers)   # LoRA merged in
+
+
+def test_the_committed_mrm_can_end_a_reply(mrm):
+    assert not mrm.unseen[list(mrm.llama.config.eos_token_ids)].any()
+    assert mrm.unseen.any()

@@ -1,0 +1,221 @@
+"""saffron walks through the frontiers of the paper's own code; every search keeps its promises and counts its costs."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import BadInput, Prompt, Template
+from mrm import Guard
+from search import SEARCHES, best_of_n, candidates, none, nucleus, saffron
+from trie_cache import TrieCache
+
+
+@pytest.fixture(scope="module")
+def tiny_scalar_guard(tiny_guard, golden_search):
+    guard = Guard(tiny_guard, Template(golden_search["mrm_prefix"], golden_search["mrm_infix"]))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(guard.head.weight)
+    return guard
+
+
+def reward_model_of(method, mrm, guard):
+    return {"none": None, "best_of_n": guard, "saffron": mrm}[method]
+
+
+@pytest.mark.parametrize("case", range(14))
+def test_saffron_walks_through_the_golden_frontiers(tiny_policy, tiny_mrm, golden_search, case):
+    """Frontiers after every step, as far as the order of the authors' code is specified, and the reply."""
+    case = golden_search["cases"][case]
+    options = {key: case[key] for key in ("width", "top_p", "min_new_tokens", "max_new_tokens")}
+    result = saffron(tiny_policy, tiny_mrm, Prompt(case["prompt"]), **options)
+    for t in range(1, case["compare_steps"] + 1):
+        assert sorted(b.tokens for b in result.trace[t - 1]) == sorted(case["frontiers"][t]), f"step {t}"
+    if case["output"] is not None:
+        assert result.finished and result.tokens == case["output"]
+
+
+def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos):
+    """One step of the search with no cache and no shortcut: the whole vocabulary is sorted, each sequence is read
+    by itself."""
+    eos, pool = policy.config.eos_token_ids[0], []
+    for i, (tokens, _) in enumerate(frontier):
+        last = lambda llama, s: llama(torch.tensor([s]))[0, -1]
+        logits = policy.logits(last(policy, prompt.policy_tokens(policy.template) + tokens))
+        rewards = mrm.rewards(last(mrm.llama, prompt.reward_tokens(mrm.template) + tokens))
+        if forbid_eos:
+            logits[eos] = -math.inf
+        ranked, mass = sorted(enumerate(logits.softmax(-1).tolist()), key=lambda x: -x[1]), 0.0
+        allowed = [x for x in ranked if not mrm.unseen[x[0]]]
+        kept = []
+        for token, p in ranked:
+            if mass < top_p and not mrm.unseen[token]:
+                kept.append((token, p))
+            mass += p
+        pool += [(-rewards[token].item(), i, -p, tokens + [token]) for token, p in kept or allowed[:1]]
+    return [(tokens, -r) for r, _, _, tokens in sorted(pool)[:width]]
+
+
+@pytest.mark.parametrize("prompt", [Prompt([1, 2, 3]), Prompt([400], [30, 31]), Prompt([9, 8], [7, 6], True)])
+def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt):
+    """Without cache, with prefills shown and hidden, over steps in which nothing can finish."""
+    result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=5, min_new_tokens=5, top_p=0.6)
+    frontier = [([], None)]
+    for got in result.trace:
+        frontier = plain_saffron_step(tiny_policy, tiny_mrm, prompt, frontier, 3, 0.6, True)
+        assert [b.tokens for b in got] == [tokens for tokens, _ in frontier]
+        assert [b.reward for b in got] == pytest.approx([r for _, r in frontier], abs=1e-9)
+
+
+def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, tiny_mrm, tiny_guard):
+    """Also with all but three tokens unseen, when hardly any nucleus has a seen one."""
+    mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
+    mrm.unseen[:] = True
+    mrm.unseen[[7, 20, 300]] = False
+    result = saffron(tiny_policy, mrm, Prompt([1, 2]), width=4, max_new_tokens=8, min_new_tokens=8, top_p=0.05)
+    assert len(result.tokens) == 8 and set(result.tokens) <= {20, 300}
+    assert all(set(b.tokens) <= {20, 300} and b.reward > -math.inf for frontier in result.trace for b in frontier)
+
+
+def test_candidates_of_an_unseen_nucleus():
+    logits = torch.tensor([5.0, 4.0, 1.0, 2.0])
+    m_cons = torch.tensor([-math.inf, -math.inf, 0.5, -3.0])
+    assert list(candidates(logits, m_cons, 0.9, 1.0)) == [(3, -3.0)]                # the most likely seen one
+    assert list(candidates(logits, m_cons, 0.9, 0.0)) == [(3, -3.0)]                # also when the policy is greedy
+    assert list(candidates(logits, m_cons, 1.0, 1.0)) == [(3, -3.0), (2, 0.5)]      # most likely first
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nucleus_equals_sorting_the_whole_vocabulary(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scale = [0.0, 0.5, 2.0, 6.0][seed % 4]                                          # from uniform to peaked
+    logits = (torch.randn(5000, generator=generator) * scale).round(decimals=seed % 3)      # with many ties
+    p = logits.softmax(-1)
+    for top_p in (1e-9, 0.3, 0.8, 0.99, 1.0):
+        values, ids = p.sort(descending=True, stable=True)
+        expected = ids[values.cumsum(0) - values < top_p]
+        assert torch.equal(nucleus(p, top_p), expected) and len(expected) >= 1
+
+
+def test_no_nucleus_holds_a_token_of_probability_0():
+    """Also where rounding keeps the sum of all probabilities below top_p = 1."""
+    for seed in range(30):
+        p = torch.randn(49152, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+        p[7] = 0.0
+        assert 7 not in nucleus(p / p.sum(), 1.0)
+
+
+def test_finished_replies_stay_first_and_the_best_wins(tiny_policy, tiny_mrm):
+    """With min_new_tokens = 0 and a wide nucleus, many branches end; the frontier keeps them, best first."""
+    mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
+    mrm.bias.data[7] = 5.0                                                          # end-of-sequence looks safe
+    result = saffron(tiny_policy, mrm, Prompt([3, 1, 4]), width=4, max_new_tokens=12, min_new_tokens=2, top_p=1.0)
+    ended = 0
+    for frontier in result.trace:
+        flags = [b.finished for b in frontier]
+        assert flags == sorted(flags, reverse=True) and sum(flags) >= ended
+        ended = sum(flags)
+        for group in ([b.reward for b in frontier if b.finished], [b.reward for b in frontier if not b.finished]):
+            assert group == sorted(group, reverse=True)
+    assert result.finished and ended == 4 and len(result.trace) < 12                # all ended: the search stops
+    assert result.reward == max(b.reward for b in result.trace[-1] if b.finished) and result.tokens[-1] == 7
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_same_seed_same_reply_and_no_early_end(method, tiny_policy, tiny_mrm, tiny_scalar_guard):
+    reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
+    run = lambda seed: SEARCHES[method](tiny_policy, reward_model, Prompt([5, 6, 7]), width=4, max_new_tokens=20,
+                                        min_new_tokens=10, top_p=0.9, temperature=1.0, seed=seed)
+    first, again, other = run(1), run(1), run(2)
+    assert (first.tokens, first.reward) == (again.tokens, again.reward)
+    assert (first.tokens == other.tokens) == (method == "saffron")
+    assert 7 not in first.tokens[:10] and first.tokens[-1] == 7 or len(first.tokens) == 20
+    assert first.tokens in [b.tokens for b in first.trace[-1]] and len(first.trace) <= 20
+
+
+def test_greedy_takes_the_most_likely_token(tiny_policy):
+    result = none(tiny_policy, None, Prompt([5, 6, 7]), max_new_tokens=10, min_new_tokens=0)
+    tokens = tiny_policy.template([5, 6, 7])
+    for token in result.tokens:
+        assert token == tiny_policy.logits(tiny_policy(torch.tensor([tokens]))[0, -1]).argmax().item()
+        tokens.append(token)
+
+
+def test_sampling_follows_the_policy(tiny_policy, tiny_scalar_guard):
+    """First tokens of 2,000 samples against the nucleus' probabilities."""
+    result = best_of_n(tiny_policy, tiny_scalar_guard, Prompt([1]), width=2000, max_new_tokens=1, top_p=0.5)
+    logits = tiny_policy.logits(TrieCache(tiny_policy)([tiny_policy.template([1])]))[0]
+    logits[7] = -math.inf                                                           # min_new_tokens
+    p = logits.softmax(-1)
+    inside = nucleus(p, 0.5)
+    p = torch.zeros_like(p).index_copy(0, inside, p[inside]) / p[inside].sum()
+    counts = torch.bincount(torch.tensor([b.tokens[0] for b in result.trace[-1]]), minlength=512)
+    assert set(counts.nonzero().flatten().tolist()) <= set(inside.tolist())
+    assert ((counts - 2000 * p).abs() < 5 * (2000 * p).sqrt() + 1).all()
+
+
+def test_best_of_n_returns_the_reply_the_guard_likes_best(tiny_policy, tiny_scalar_guard):
+    prompt = Prompt([5, 6, 7], [8])
+    result = best_of_n(tiny_policy, tiny_scalar_guard, prompt, width=6, max_new_tokens=12, min_new_tokens=3)
+    context = prompt.reward_tokens(tiny_scalar_guard.template)
+    for branch in result.trace[-1]:                                                 # scored by one uncached pass each
+        hidden = tiny_scalar_guard.llama(torch.tensor([context + branch.tokens]))[0, -1]
+        assert branch.reward == pytest.approx(tiny_scalar_guard.rewards(hidden).item(), abs=1e-9)
+    assert result.reward == max(b.reward for b in result.trace[-1])
+
+
+def test_costs_of_saffron(tiny_policy, tiny_mrm):
+    prompt = Prompt([1, 2, 3])
+    result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=6, min_new_tokens=6)
+    asked = [[[]]] + [[b.tokens for b in frontier] for frontier in result.trace[:-1]]
+    calls = sum(map(len, asked))
+    stats = result.stats
+    assert stats.policy_calls == stats.reward_calls == calls                        # one a sequence, not a candidate
+    expected, cached = 0, 0
+    for template in (tiny_policy.template, tiny_mrm.template):
+        sequences = [template(prompt.user, reply) for replies in asked for reply in replies]
+        distinct = {tuple(s[:i + 1]) for s in sequences for i in range(len(s))}
+        expected += len(distinct)                   # nothing that was forgotten is ever asked for again
+        cached += sum(map(len, sequences)) - len(distinct)
+    assert (stats.tokens_computed, stats.tokens_cached) == (expected, cached)
+    assert 0 < stats.peak_kv_bytes < stats.unshared_kv_bytes and stats.seconds > 0
+
+
+def test_kv_memory_grows_with_distinct_prefixes(tiny_policy, tiny_scalar_guard):
+    """A long prompt is stored once, whatever the width."""
+    peak = lambda width: none_or_best(width).stats
+    none_or_best = lambda width: best_of_n(tiny_policy, tiny_scalar_guard, Prompt(list(range(10, 210))), width=width,
+                                           max_new_tokens=4, min_new_tokens=4, top_p=1.0)
+    one, eight = peak(1), peak(8)
+    assert eight.peak_kv_bytes < 1.3 * one.peak_kv_bytes and eight.unshared_kv_bytes > 7.9 * one.unshared_kv_bytes
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_flops_agree_with_torchs_own_count(method, tiny_policy, tiny_mrm, tiny_scalar_guard):
+    """Torch counts keys that are masked too; with one branch and few tokens there are few. (It counts
+    attention only where that is written as plain products.)"""
+    reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result = SEARCHES[method](tiny_policy, reward_model, Prompt([1, 2]), width=1, max_new_tokens=3)
+    assert result.stats.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"width": 0}, "width is 0.*at least 1"), ({"top_p": 0}, r"top_p is 0.*\(0, 1\]"), ({"top_p": 1.1}, "top_p"),
+    ({"top_p": math.nan}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"min_new_tokens": -1}, "min_new"),
+    ({"temperature": -1}, "temperature"), ({"temperature": 1e-38}, "0, or from 0.01 to 100"), ({"seed": -1}, "seed"),
+    ({"max_new_tokens": 510}, "10 tokens.*510.*tiny_policy.*512"),
+])
+@pytest.mark.parametrize("method", SEARCHES)
+def test_bad_values_are_refused(method, options, said, tiny_policy, tiny_mrm, tiny_scalar_guard):
+    reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
+    with pytest.raises(BadInput, match=said):
+        SEARCHES[method](tiny_policy, reward_model, Prompt([1, 2, 3, 4, 5]), **options)
+
+
+def test_two_vocabularies_are_refused(tiny_policy, smollm2):
+    mrm = Guard(smollm2, Template([1], []))
+    with pytest.raises(BadInput, match="tiny_policy.*SmolLM2.*different vocabularies"):
+        best_of_n(tiny_policy, mrm, Prompt([1]))

@@ -1,0 +1,226 @@
+"""Training: batches, losses, resuming, measures. On the tiny golden models with a vocabulary made here."""
+
+import base64
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, run_script
+from safetensors.torch import load_file, save_file
+
+import train_mrm
+from model import BadInput, Llama
+from train_mrm import Example, auc, batches, collate, guard_loss, mrm_loss, predictions, read_labels, weigh
+
+TEMPLATES = {"chat": {"prefix": "<s>", "infix": "\n"}, "reward": {"prefix": "<s>\n\nUser:", "infix": "\n\nAgent:"}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """tiny_guard with a vocabulary of single bytes, as a folder that a run can use."""
+    folder = tmp_path_factory.mktemp("base")
+    shutil.copytree(GOLDEN / "tiny_guard", folder, dirs_exist_ok=True)
+    (folder / "vocab.tiktoken").write_text(
+        "".join(f"{base64.b64encode(bytes([b])).decode()} {b + 10}\n" for b in range(256)))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"pattern": r"\S+|\s+", "special_tokens": {"<s>": 0, "<e>": 7}, "templates": TEMPLATES}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    """Labelled replies of which a guard can learn something: those with an x are unsafe."""
+    folder, generator = tmp_path_factory.mktemp("labels"), np.random.default_rng(0)
+    for name, count in (("train", 60), ("val", 24)):
+        rows = [{"source": "ab"[i % 2], "prompt": "p" * int(generator.integers(1, 5)),
+                 "response": ("x" if i % 3 == 0 else "y") * int(generator.integers(2, 12)), "unsafe": int(i % 3 == 0)}
+                for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory, base):
+    """A corpus as data/safety_rewards writes it: the reward is +1 after a token 20..29 and -1 after 30..39."""
+    folder, generator = tmp_path_factory.mktemp("rewards"), torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 9, (40,), generator=generator)
+    replies = torch.randint(20, 40, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
+    replies[0], replies[-1] = 90, 91            # 90 in a held-out reply only; 91 once in a training reply
+    tensors = {"sources": torch.zeros(40, dtype=torch.uint8), "held_out": torch.arange(40) % 5 == 0,
+               "prompts": torch.full((40,), 50, dtype=torch.int32), "prompt_lengths": torch.ones(40, dtype=torch.long),
+               "replies": replies, "reply_lengths": lengths, "rewards": (replies < 30).float() * 2 - 1}
+    vocabulary = Llama.load(base).tokenizer.fingerprint
+    template = Llama.load(base).tokenizer.template("reward")
+    metadata = {"vocabulary": vocabulary, "source_names": ["made"], "template": [template.prefix, template.infix]}
+    save_file(tensors, folder / "corpus.safetensors", metadata={k: json.dumps(v) for k, v in metadata.items()})
+    return folder
+
+
+def run(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["train_mrm.py", *map(str, options)])
+    train_mrm.main()
+
+
+def options(objective, data, base, out, steps=60):
+    return ["--objective", objective, "--data", data, "--base", base, "--out", out, "--steps", steps, "--rank", 4,
+            "--first_layer", 0, "--batch_size", 6, "--lr", 0.02, "--eval_every", 20, "--log_every", 20]
+
+
+@pytest.mark.parametrize("objective", ["guard", "mrm"])
+def test_training_learns_and_resumes_bit_for_bit(objective, request, base, tmp_path, monkeypatch, capsys):
+    data = request.getfixturevalue("labels" if objective == "guard" else "rewards")
+    run(monkeypatch, *options(objective, data, base, tmp_path / "one.safetensors"))
+    log = capsys.readouterr().out
+    final = dict(pair.rsplit(" ", 1) for pair in log.strip().splitlines()[-1].split(": ", 1)[1].split(", "))
+    if objective == "guard":
+        assert float(final["auc a"]) > 0.95 and float(final["auc b at 12"]) > 0.95
+    else:
+        assert float(final["r2"]) > 0.8 and float(final["sign agreement"]) > 0.95
+    # the same run, stopped at some step and resumed
+    again = options(objective, data, base, tmp_path / "two.safetensors")
+    run(monkeypatch, *again, "--stop_after", 33)
+    torch.manual_seed(999)                      # nothing may depend on the state of the process
+    assert (tmp_path / "two.safetensors.checkpoint.pt").exists() and not (tmp_path / "two.safetensors").exists()
+    run(monkeypatch, *again, "--resume")
+    one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert {p.name for p in tmp_path.iterdir()} == {"one.safetensors", "two.safetensors"}
+
+
+@pytest.mark.parametrize("min_count, seen", [(1, {7, 91, *range(20, 40)}), (2, {7, *range(20, 40)})])
+def test_mrm_counts_supervised_tokens_as_seen(rewards, base, tmp_path, monkeypatch, min_count, seen):
+    """Those of training replies, often enough, and end-of-sequence in any case."""
+    run(monkeypatch, *options("mrm", rewards, base, tmp_path / "m.safetensors", steps=1), "--min_count", min_count)
+    unseen = load_file(tmp_path / "m.safetensors")["unseen"]
+    assert set((~unseen).nonzero().flatten().tolist()) == seen
+
+
+def test_training_goes_on_from_an_adapter(rewards, base, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, *options("mrm", rewards, base, tmp_path / "one.safetensors"))
+    first = capsys.readouterr().out.strip().splitlines()[-1].split(": ", 1)[1]
+    more = options("mrm", rewards, base, tmp_path / "two.safetensors", steps=1)
+    run(monkeypatch, *more, "--lr", 1e-9, "--init", tmp_path / "one.safetensors", "--min_count", 2)
+    second = capsys.readouterr().out.strip().splitlines()[-1].split(": ", 1)[1]
+    assert first == second                          # one step of no size: still as good
+    one, two = [load_file(tmp_path / f"{name}.safetensors")["unseen"] for name in ("one", "two")]
+    assert torch.equal(one, two) and not two[91]    # what was seen once stays seen
+    with pytest.raises(BadInput, match="--init .* has alpha 16.*8"):
+        run(monkeypatch, *more, "--init", tmp_path / "one.safetensors", "--alpha", 8)
+
+
+def test_resume_refuses_the_checkpoint_of_another_run(labels, base, tmp_path, monkeypatch):
+    mine = options("guard", labels, base, tmp_path / "g.safetensors")
+    run(monkeypatch, *mine, "--stop_after", 2)
+    with pytest.raises(BadInput, match="--lr 0.02, not 0.5"):
+        run(monkeypatch, *mine, "--lr", 0.5, "--resume")
+    with pytest.raises(BadInput, match="no checkpoint"):
+        run(monkeypatch, *options("guard", labels, base, tmp_path / "absent.safetensors"), "--resume")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(rewards, base, tmp_path, monkeypatch):
+    data = load_file(rewards / "corpus.safetensors")
+    data["rewards"][:] = float("nan")
+    meta = train_mrm.read_metadata(rewards / "corpus.safetensors")
+    save_file(data, tmp_path / "corpus.safetensors", metadata={k: json.dumps(v) for k, v in meta.items()})
+    with pytest.raises(SystemExit, match="step 0.*nan.*batch 0.*made"):
+        run(monkeypatch, *options("mrm", tmp_path, base, tmp_path / "m.safetensors"))
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_corpus_of_another_vocabulary_is_refused(rewards, smollm2_folder, tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="vocabulary"):
+        run(monkeypatch, *options("mrm", rewards, smollm2_folder, tmp_path / "m.safetensors"))
+
+
+def test_a_malformed_label_is_named_by_its_line(labels, base, tmp_path):
+    text = (labels / "train.jsonl").read_text().splitlines()
+    text[4] = '{"source": "a", "prompt": "p"}'
+    (tmp_path / "train.jsonl").write_text("\n".join(text))
+    with pytest.raises(BadInput, match="line 5.*response"):
+        read_labels(tmp_path / "train.jsonl", Llama.load(base), 8, 8)
+    status, _, error = run_script("train_mrm.py", *options("guard", tmp_path, base, tmp_path / "g.safetensors"))
+    assert status == 2 and error.count("\n") == 1 and "line 5" in error
+
+
+def test_labels_become_tokens(labels, base):
+    llama = Llama.load(base)
+    example = read_labels(labels / "train.jsonl", llama, 3, 8)[0]
+    assert llama.tokenizer.encoding.decode(example.context).startswith("<s>\n\nUser:p")
+    assert len(example.reply) <= 8 and example.targets == [1.0] * len(example.reply)
+    assert all(e.reply[-1] == 7 for e in read_labels(labels / "train.jsonl", llama, 3, 99))     # it ends there
+
+
+def test_long_texts_are_cut(base, tmp_path):
+    row = {"source": "a", "prompt": "abcdef", "response": "uvwxyz", "unsafe": 0}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    llama = Llama.load(base)
+    example, = read_labels(tmp_path / "train.jsonl", llama, 3, 4)
+    text = llama.tokenizer.encoding.decode
+    assert text(example.context) == "<s>\n\nUser:def\n\nAgent:" and text(example.reply) == "uvwx"
+
+
+def examples(lengths):
+    return [Example("s", [1] * 3, [2] * n, [0.0] * n) for n in lengths]
+
+
+def test_batches_hold_every_example_once_and_of_like_length():
+    data = examples(torch.randint(1, 60, (500,), generator=torch.Generator().manual_seed(0)).tolist())
+    order = batches(data, 8, seed=3)
+    assert sorted(map(id, (e for batch in order for e in batch))) == sorted(map(id, data))
+    assert order == batches(data, 8, seed=3) != batches(data, 8, seed=4)
+    spread = np.mean([max(len(e.reply) for e in b) - min(len(e.reply) for e in b) for b in order])
+    assert spread < 5                                                               # of 59: little padding
+
+
+def test_weights_repeat_and_thin_out():
+    data = [Example(source, [], [], []) for source in "aaaaabbbb"]
+    count = lambda weights: {s: sum(e.source == s for e in weigh(data, weights)) for s in "ab"}
+    assert count({}) == {"a": 5, "b": 4} and count({"a": 2, "b": 0.5}) == {"a": 10, "b": 2}
+    with pytest.raises(BadInput, match="names c, but"):
+        weigh(data, {"c": 1})
+
+
+def test_the_state_before_a_token_predicts_the_reward_after_it(tiny_mrm):
+    """mrm_loss against M(s) in full, read off position by position."""
+    e = Example("s", [0, 21, 30], [100, 101, 102], [0.5, -1.0, 2.0])
+    tokens = e.context + e.reply
+    naive = sum((tiny_mrm.rewards(tiny_mrm.llama(torch.tensor([tokens[:j]]))[0, -1])[tokens[j]] - r) ** 2
+                for j, r in zip(range(3, 6), e.targets)) / 3
+    batch = collate([e], "cpu")
+    torch.testing.assert_close(mrm_loss(tiny_mrm, *batch[:3], batch[3].double()), naive, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["guard", "mrm"])
+def test_padding_changes_no_loss(kind, tiny_guard, tiny_mrm):
+    """The loss of a batch is the mean over its reply tokens, whatever the other lengths are."""
+    from mrm import Guard
+    torch.manual_seed(0)
+    model, loss = (Guard(tiny_guard, None), guard_loss) if kind == "guard" else (tiny_mrm, mrm_loss)
+    if kind == "guard":
+        torch.nn.init.normal_(model.head.weight)
+    data = [Example("s", [0, 21, 30 + i], list(range(100, 102 + 3 * i)), [1.0 * (i % 2)] * (2 + 3 * i)) for i in range(4)]
+    targets = lambda batch: [*batch[:3], batch[3].double()]
+    together = loss(model, *targets(collate(data, "cpu")))
+    apart = sum(loss(model, *targets(collate([e], "cpu"))) * len(e.reply) for e in data)
+    torch.testing.assert_close(together, apart / sum(len(e.reply) for e in data), atol=1e-10, rtol=0)
+
+
+def test_predictions_come_in_the_order_of_the_examples(tiny_guard):
+    from mrm import Guard
+    guard = Guard(tiny_guard, None)
+    torch.nn.init.normal_(guard.head.weight)
+    data = [Example("s", [0, 5], list(range(60, 60 + n)), [0.0] * n) for n in (9, 2, 7, 4)]
+    for example, values in zip(data, predictions(guard, data, "cpu", size=3)):
+        hidden = tiny_guard(torch.tensor([example.context + example.reply]))[0, 2:]
+        np.testing.assert_allclose(values, guard.rewards(hidden).detach(), atol=1e-5)
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    generator = np.random.default_rng(0)
+    scores, labels = generator.integers(0, 6, 80), generator.random(80) < 0.4
+    pairs = [(a > b) + (a == b) / 2 for a in scores[labels] for b in scores[~labels]]
+    assert auc(scores, labels) == pytest.approx(np.mean(pairs))
+    assert auc([1, 2, 3], [0, 0, 1]) == 1 and auc([1, 1], [0, 1]) == 0.5

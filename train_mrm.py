@@ -1,0 +1,391 @@
+"""
+Train a reward model: the guard on labelled replies, or the MRM on the rewards that a guard gave every prefix.
+
+    python train_mrm.py --objective guard --data data/safety_labels  --out data/smollm2/guard.safetensors
+    python train_mrm.py --objective mrm   --data data/safety_rewards --out data/smollm2/mrm.safetensors
+
+Only LoRA and the small head are trained (mrm.py). Each validation also writes a checkpoint beside --out, from which
+--resume goes on, on a CPU bit for bit. The log goes to stdout.
+"""
+
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import BadInput, Llama, Parser, read_jsonl, read_tensors
+from mrm import MRM, Guard, add_lora, fill, load_adapter, partial_supervision_loss, read_metadata, save_adapter, trained_tensors
+
+# ---------------------------------------------------------------------------------------------------------------
+# data
+
+@dataclass
+class Example:
+    """One reply. targets: the label (0 safe, 1 unsafe) or the guard's reward, one number a reply token."""
+    source: str
+    context: list               # tokens up to the reply
+    reply: list                 # tokens of the reply
+    targets: list
+
+
+def read_labels(path, llama, max_prompt, max_reply):
+    """Examples from data/safety_labels: the last max_prompt tokens of each prompt, the first max_reply tokens of
+    reply and end-of-sequence. Raises BadInput with the line number of a malformed row."""
+    examples, template = [], llama.tokenizer.template("reward")
+    for number, row in read_jsonl(path):
+        if not (all(isinstance(row.get(key), str) for key in ("source", "prompt", "response"))
+                and row.get("unsafe") in (0, 1)):
+            raise BadInput(f'{path}, line {number}: expected {{"source": text, "prompt": text, "response": text, '
+                           f'"unsafe": 0 or 1}}')
+        prompt = llama.tokenizer.encode(row["prompt"])[-max_prompt:]
+        reply = (llama.tokenizer.encode(row["response"]) + [llama.config.eos_token_ids[0]])[:max_reply]
+        examples.append(Example(row["source"], template(prompt), reply, [float(row["unsafe"])] * len(reply)))
+    return examples
+
+
+def read_rewards(path, llama):
+    """(training, held-out) examples from data/safety_rewards, whose readme.md describes the file. Raises BadInput
+    when it was made with another vocabulary or template, or is incomplete."""
+    meta, template = read_metadata(path), llama.tokenizer.template("reward")
+    for what, theirs, ours in (("vocabulary", meta.get("vocabulary"), llama.tokenizer.fingerprint),
+                               ("template", meta.get("template"), [template.prefix, template.infix])):
+        if theirs != ours:
+            raise BadInput(f"{path} was made for the {what} {theirs}, but {llama.config.name} has {ours}")
+    data = dict(read_tensors(path))
+    split = lambda name, lengths: [t.tolist() for t in data[name].split(data[lengths].tolist())]
+    try:
+        sources = [meta["source_names"][i] for i in data["sources"].tolist()]
+        rows = zip(data["held_out"].tolist(), sources, split("prompts", "prompt_lengths"),
+                   split("replies", "reply_lengths"), split("rewards", "reply_lengths"))
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise BadInput(f"{path}: not a corpus of data/safety_rewards ({error})") from None
+    training, held_out = [], []
+    for is_held_out, source, prompt, reply, rewards in rows:
+        (held_out if is_held_out else training).append(Example(source, template(prompt), reply, rewards))
+    return training, held_out
+
+
+def batches(examples, size, seed):
+    """The examples in a random order, in lists of `size` of about equal length: little is lost to padding."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    pool = 64 * size
+    order = [i for start in range(0, len(order), pool)
+             for i in sorted(order[start:start + pool], key=lambda i: len(examples[i].context + examples[i].reply))]
+    chunks = [order[start:start + size] for start in range(0, len(order), size)]
+    return [[examples[i] for i in chunks[c]] for c in torch.randperm(len(chunks), generator=generator).tolist()]
+
+
+def weigh(examples, weights):
+    """The examples, those of some sources several times or only some of them: {"jailbreakbench": 2, "xstest": 0.5}.
+    Example i of a source with weight w comes floor((i + 1) w) − floor(i w) times. Raises BadInput for a weight of a
+    source that is not there."""
+    sources = {example.source for example in examples}
+    if not weights.keys() <= sources:
+        raise BadInput(f"--weights names {', '.join(weights.keys() - sources)}, but the sources are {', '.join(sources)}")
+    counts, result = {}, []
+    for example in examples:
+        i, w = counts.get(example.source, 0), weights.get(example.source, 1)
+        counts[example.source] = i + 1
+        result += [example] * (math.floor((i + 1) * w) - math.floor(i * w))
+    return result
+
+
+def collate(examples, device):
+    """Pad on the right: attention is causal, so no token sees the padding.
+
+    Returns tokens (B, T), and for each of the n reply tokens of the batch its row (n,), column (n,) and target (n,).
+    """
+    length = max(len(e.context) + len(e.reply) for e in examples)
+    tokens = torch.zeros(len(examples), length, dtype=torch.long)
+    rows, columns, targets = [], [], []
+    for i, e in enumerate(examples):
+        tokens[i, :len(e.context) + len(e.reply)] = torch.tensor(e.context + e.reply)
+        rows += [i] * len(e.reply)
+        columns += range(len(e.context), len(e.context) + len(e.reply))
+        targets += e.targets
+    return [t.to(device) for t in (tokens, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets))]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# objectives and validation
+
+def guard_loss(guard, tokens, rows, columns, targets):
+    """Binary cross-entropy at every reply token; R is the log-odds of "safe"."""
+    rewards = guard.rewards(guard.llama(tokens)[rows, columns])
+    return F.binary_cross_entropy_with_logits(rewards, 1 - targets)
+
+
+def mrm_loss(mrm, tokens, rows, columns, targets):
+    """Partial supervision: the hidden state before a reply token predicts the reward after it."""
+    hidden = mrm.llama(tokens)[rows, columns - 1]
+    return partial_supervision_loss(mrm, hidden, tokens[rows, columns], targets)
+
+
+@torch.no_grad()
+def predictions(reward_model, examples, device, size=16):
+    """Each example's rewards at all of its reply tokens, by the guard or the MRM: a list of float arrays."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].context + examples[i].reply))
+    result = [None] * len(examples)
+    for start in range(0, len(order), size):
+        chunk = order[start:start + size]
+        tokens, rows, columns, _ = collate([examples[i] for i in chunk], device)
+        hidden = reward_model.llama(tokens)
+        if reward_model.kind == "guard":
+            rewards = reward_model.rewards(hidden[rows, columns])
+        else:
+            rewards = reward_model.child_rewards(hidden[rows, columns - 1], tokens[rows, columns])
+        lengths = [len(examples[i].reply) for i in chunk]
+        for i, values in zip(chunk, rewards.float().cpu().split(lengths)):
+            result[i] = values.numpy()
+    return result
+
+
+def auc(scores, labels):
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
+    scores, labels = np.asarray(scores), np.asarray(labels, bool)
+    ordered = np.sort(scores)
+    ranks = (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")) / 2
+    positives, negatives = labels.sum(), (~labels).sum()
+    return (ranks[labels].sum() - positives ** 2 / 2) / (positives * negatives)
+
+
+def validate_guard(guard, examples, device):
+    """AUC of "safe" a source, at the end of the reply and after its first 12 tokens."""
+    rewards, report = predictions(guard, examples, device), {}
+    for source in sorted({e.source for e in examples}):
+        mine = [(r, e.targets[0] == 0) for r, e in zip(rewards, examples) if e.source == source]
+        safe = [label for _, label in mine]
+        if any(safe) and not all(safe):
+            report[f"auc {source}"] = auc([r[-1] for r, _ in mine], safe)
+            report[f"auc {source} at 12"] = auc([r[:12][-1] for r, _ in mine], safe)
+    return report
+
+
+def validate_mrm(mrm, examples, device):
+    """MSE, R² and agreement in sign with the guard, over all reply tokens of the held-out replies."""
+    ours = np.concatenate(predictions(mrm, examples, device))
+    theirs = np.concatenate([e.targets for e in examples])
+    mse = np.mean((ours - theirs) ** 2)
+    return {"mse": mse, "r2": 1 - mse / theirs.var(), "sign agreement": np.mean((ours < 0) == (theirs < 0))}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# training
+
+def new_reward_model(args, llama, train):
+    """The untrained reward model: LoRA on `llama` and, for the MRM, bias and gain at the scale of rewards."""
+    torch.manual_seed(args.seed)
+    llama = add_lora(llama, args.rank, args.alpha, args.targets.split(","), args.first_layer)
+    if args.objective == "guard":
+        return Guard(llama, llama.tokenizer.template("reward"))
+    mrm = MRM(llama, llama.tokenizer.template("reward"))
+    mrm.gain.data.fill_(0.02)
+    mrm.bias.data.fill_(float(np.mean(np.concatenate([e.targets for e in train]))))
+    counts = np.bincount(np.concatenate([e.reply for e in train]), minlength=llama.config.vocab_size)
+    mrm.unseen.copy_(torch.from_numpy(counts < args.min_count))
+    mrm.unseen[list(llama.config.eos_token_ids)] = False      # a search must be able to end (collected or not)
+    return mrm
+
+
+def start_from(path, reward_model, args):
+    """Copy an adapter into an untrained reward model, for further training on other data. Tokens that the adapter has
+    seen stay seen. Raises BadInput, with both values named, for an adapter of another shape or base."""
+    meta = read_metadata(path)
+    for key, value in (("kind", args.objective), ("base_fingerprint", reward_model.llama.fingerprint),
+                       ("rank", args.rank), ("alpha", args.alpha), ("targets", args.targets.split(",")),
+                       ("first_layer", args.first_layer)):
+        if meta.get(key) != value:
+            raise BadInput(f"--init {path} has {key} {meta.get(key)}, but this run has {value}")
+    tensors = trained_tensors(reward_model)
+    unseen = tensors["unseen"].clone() if "unseen" in tensors else None
+    fill(path, tensors, dict(read_tensors(path)), f"rank {args.rank}")
+    if unseen is not None:
+        reward_model.unseen &= unseen
+
+
+def learning_rate(step, args):
+    """Linear warm-up over the first 5 % of the steps, then a cosine down to a tenth."""
+    warmup = max(1, args.steps // 20)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, args.steps - warmup)
+    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def save_checkpoint(path, args, step, reward_model, optimizer):
+    partial = path.with_name(path.name + ".partial")
+    torch.save({"args": run_identity(args), "step": step, "model": trained_tensors(reward_model),
+                "optimizer": optimizer.state_dict()}, partial)
+    os.replace(partial, path)
+
+
+def load_checkpoint(path, args, reward_model, optimizer):
+    """Restore model and optimizer; returns the step to go on with. Raises BadInput for another run's checkpoint."""
+    try:
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+    except Exception as error:                      # torch raises many kinds for a damaged file
+        raise BadInput(f"{path}: no checkpoint to resume from ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.keys() != {"args", "step", "model", "optimizer"}:
+        raise BadInput(f"{path}: not a checkpoint of train_mrm.py")
+    for key, value in run_identity(args).items():
+        if checkpoint["args"].get(key) != value:
+            raise BadInput(f"{path} is of a run with --{key} {checkpoint['args'].get(key)}, not {value}")
+    fill(path, trained_tensors(reward_model), checkpoint["model"], f"rank {args.rank}")
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"]
+
+
+def run_identity(args):
+    """The arguments that must be equal for a run to be the same run."""
+    free = ("resume", "stop_after", "out", "device", "command", "eval_every", "eval_replies", "log_every")
+    return {key: value for key, value in vars(args).items() if key not in free}
+
+
+def load_data(args, llama):
+    """(training examples, held-out examples). Raises BadInput when there are none."""
+    if llama.tokenizer is None:
+        raise BadInput(f"{args.base} has no vocab.tiktoken; data/smollm2/prepare.py shows how to write one")
+    if args.objective == "guard":
+        training, held_out = [read_labels(Path(args.data) / f"{name}.jsonl", llama, args.max_prompt, args.max_reply)
+                              for name in ("train", "val")]
+    else:
+        training, held_out = read_rewards(Path(args.data) / "corpus.safetensors", llama)
+    training = weigh(training, args.weights)
+    if not training or not held_out:
+        raise BadInput(f"{args.data}: expected replies to train on and to validate with, "
+                       f"found {len(training)} and {len(held_out)}")
+    return training, held_out
+
+
+def train(args):
+    """A whole run: data, model, steps with validations and checkpoints, the adapter and its final validation."""
+    out = Path(args.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:                        # before the training, not after it
+        raise BadInput(f"--out {out}: its folder cannot be made ({error.strerror})") from None
+    llama = Llama.load(args.base, device=args.device)
+    training, held_out = load_data(args, llama)
+    loss_of, validate = (guard_loss, validate_guard) if args.objective == "guard" else (mrm_loss, validate_mrm)
+    if args.validate:
+        return print_report(f"{out}, all {len(held_out)} held-out replies",
+                            validate(load_adapter(out, llama, args.objective), held_out, args.device))
+    reward_model = new_reward_model(args, llama, training)
+    if args.init:
+        start_from(args.init, reward_model, args)
+    generator = torch.Generator().manual_seed(args.seed)
+    some = [held_out[i] for i in torch.randperm(len(held_out), generator=generator)[:args.eval_replies].tolist()]
+    parameters = [p for p in trained_tensors(reward_model).values() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    checkpoint, step = out.with_name(out.name + ".checkpoint.pt"), 0
+    if args.resume:
+        step = load_checkpoint(checkpoint, args, reward_model, optimizer)
+    print(f"{args.objective}: {len(training)} replies, {sum(len(e.reply) for e in training)} supervised tokens, "
+          f"{sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps", flush=True)
+    if args.objective == "mrm":
+        print(f"seen tokens: {int((~reward_model.unseen).sum())} of {len(reward_model.unseen)}", flush=True)
+
+    per_epoch = math.ceil(len(training) / args.batch_size)
+    started, tokens_read, losses = time.time(), 0, []
+    while step < min(args.steps, args.stop_after or args.steps):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0 or not losses:             # the order is a function of seed and epoch alone
+            order = batches(training, args.batch_size, args.seed + epoch)
+        batch = collate(order[position], args.device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        loss = loss_of(reward_model, *batch)
+        if not loss.isfinite():
+            raise SystemExit(f"step {step}: the loss is {loss.item()}, on epoch {epoch}, batch {position}, of sources "
+                             f"{[e.source for e in order[position]]}; nothing was saved since the last checkpoint")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        losses.append(loss.item())
+        tokens_read += batch[0].numel()
+        if step % args.log_every == 0:
+            print(f"step {step}: loss {np.mean(losses[-args.log_every:]):.4f}, "
+                  f"{tokens_read / (time.time() - started):.0f} tokens/s", flush=True)
+        if step < args.steps and (step % args.eval_every == 0 or step == args.stop_after):
+            save_checkpoint(checkpoint, args, step, reward_model, optimizer)
+            print_report(f"step {step}, {len(some)} held-out replies", validate(reward_model, some, args.device))
+    if step < args.steps:                           # --stop_after
+        return
+    save_adapter(reward_model, out, args.rank, args.alpha, args.targets.split(","), args.first_layer, args.command)
+    print(f"wrote {out} after {time.time() - started:.0f} s", flush=True)
+    print_report(f"as written, all {len(held_out)} held-out replies",
+                 validate(load_adapter(out, llama, args.objective), held_out, args.device))
+    checkpoint.unlink(missing_ok=True)
+
+
+def print_report(title, report):
+    print(f"{title}: " + ", ".join(f"{key} {value:.4f}" for key, value in report.items()), flush=True)
+
+
+def at_least_1(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def weights(text):
+    value = json.loads(text)
+    if not isinstance(value, dict) or not all(isinstance(w, (int, float)) and w >= 0 for w in value.values()):
+        raise ValueError
+    return value
+
+
+def main():
+    parser = Parser(description="Train the guard or the MRM.")
+    add = parser.add_argument
+    add("--objective", choices=["guard", "mrm"], required=True)
+    add("--data", required=True, help="the folder that data/safety_labels or data/safety_rewards prepared")
+    add("--out", required=True, help="the adapter file to write")
+    add("--base", default="data/smollm2", help="the Llama to put LoRA on")
+    add("--rank", type=at_least_1, default=8)
+    add("--alpha", type=float, default=16)
+    add("--targets", default="q_proj,v_proj", help="the projections that get LoRA")
+    add("--first_layer", type=int, default=10, help="the first layer that gets LoRA")
+    add("--steps", type=at_least_1, default=1000)
+    add("--batch_size", type=at_least_1, default=8, help="replies a step")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--weight_decay", type=float, default=0.0)
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--max_prompt", type=at_least_1, default=64, help="guard: tokens kept of a prompt, the last ones")
+    add("--max_reply", type=at_least_1, default=64, help="guard: tokens kept of a reply, the first ones")
+    add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
+    add("--min_count", type=int, default=1, help="MRM: a token counts as seen from so many occurrences on")
+    add("--init", metavar="ADAPTER", help="start from this adapter instead of an untrained one")
+    add("--eval_every", type=at_least_1, default=200)
+    add("--eval_replies", type=at_least_1, default=400, help="replies of each validation but the last")
+    add("--log_every", type=at_least_1, default=20)
+    add("--stop_after", type=at_least_1, help="stop after this step, with a checkpoint")
+    add("--resume", action="store_true", help="go on from the checkpoint beside --out")
+    add("--validate", action="store_true", help="do not train: validate the adapter at --out")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+    args = parser.parse_args()
+    args.command = "python " + shlex.join(["train_mrm.py", *sys.argv[1:]])
+    train(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
