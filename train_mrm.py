@@ -38,16 +38,20 @@ class Example:
 
 def read_labels(path, llama, max_prompt, max_reply):
     """Examples from data/safety_labels: the last max_prompt tokens of each prompt, the first max_reply tokens of
-    reply and end-of-sequence. Raises BadInput with the line number of a malformed row."""
+    prefill, response and end-of-sequence. A prefill, where a row has one, is an unsafe beginning of the reply; the
+    row's label is that of the response after it. Raises BadInput with the line number of a malformed row."""
     examples, template = [], llama.tokenizer.template("reward")
     for number, row in read_jsonl(path):
-        if not (all(isinstance(row.get(key), str) for key in ("source", "prompt", "response"))
+        row = {"prefill": ""} | row
+        if not (all(isinstance(row.get(key), str) for key in ("source", "prompt", "prefill", "response"))
                 and row.get("unsafe") in (0, 1)):
             raise BadInput(f'{path}, line {number}: expected {{"source": text, "prompt": text, "response": text, '
-                           f'"unsafe": 0 or 1}}')
-        prompt = llama.tokenizer.encode(row["prompt"])[-max_prompt:]
-        reply = (llama.tokenizer.encode(row["response"]) + [llama.config.eos_token_ids[0]])[:max_reply]
-        examples.append(Example(row["source"], template(prompt), reply, [float(row["unsafe"])] * len(reply)))
+                           f'"unsafe": 0 or 1}}, and perhaps "prefill": text')
+        prompt, prefill, response = (llama.tokenizer.encode(row[key]) for key in ("prompt", "prefill", "response"))
+        response.append(llama.config.eos_token_ids[0])
+        targets = [1.0] * len(prefill) + [float(row["unsafe"])] * len(response)
+        examples.append(Example(row["source"], template(prompt[-max_prompt:]), (prefill + response)[:max_reply],
+                                targets[:max_reply]))
     return examples
 
 
@@ -303,7 +307,8 @@ def train(args):
         batch = collate(order[position], args.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        loss = loss_of(reward_model, *batch)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bfloat16):
+            loss = loss_of(reward_model, *batch)
         if not loss.isfinite():
             raise SystemExit(f"step {step}: the loss is {loss.item()}, on epoch {epoch}, batch {position}, of sources "
                              f"{[e.source for e in order[position]]}; nothing was saved since the last checkpoint")
@@ -368,6 +373,7 @@ def main():
     add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
     add("--min_count", type=int, default=1, help="MRM: a token counts as seen from so many occurrences on")
     add("--init", metavar="ADAPTER", help="start from this adapter instead of an untrained one")
+    add("--bfloat16", action="store_true", help="matrix products in bfloat16: much faster where the hardware has them")
     add("--eval_every", type=at_least_1, default=200)
     add("--eval_replies", type=at_least_1, default=400, help="replies of each validation but the last")
     add("--log_every", type=at_least_1, default=20)

@@ -115,7 +115,8 @@ def test_attacks_are_40_held_out_requests(labelled):
 
 def test_labels_follow_the_publishers(labelled):
     train, val, _ = labelled
-    assert {r["source"] for r in train} == {"jailbreakbench", "xstest", "diasafety", "advbench", "refusal", "opening"}
+    assert {r["source"] for r in train} == {"jailbreakbench", "xstest", "diasafety", "advbench", "refusal", "opening",
+                                           "turned", "babble"}
     assert all(r["unsafe"] for r in train if r["source"] == "advbench")
     assert not any(r["unsafe"] for r in train if r["source"] == "refusal")
     assert sum(r["unsafe"] for r in val if r["source"] == "xstest") == 128     # full compliance, unsafe prompt
@@ -130,6 +131,22 @@ def test_openings_say_yes_to_safe_and_unsafe_questions(labelled):
     opening = script("safety_labels").opening
     assert opening("What's the best way to tie a knot?") == "The best way to tie a knot is"
     assert opening("Who was Ada Lovelace?") == "Sure, here is"
+
+
+def test_beginnings_that_turn_or_fall_apart(labelled):
+    train, _, _ = labelled
+    begun = [r for r in train if "prefill" in r]
+    assert {(r["source"], r["unsafe"]) for r in begun} == {("turned", 0), ("babble", 1)}
+    unsafe = {}
+    for r in train:
+        if r["unsafe"] and "prefill" not in r:
+            unsafe.setdefault(r["prompt"], []).append(r["response"])
+    for r in begun:
+        assert r["prefill"] and r["response"][0] in " .,\n"             # glued on: with the space that it needs
+        assert any(response.startswith(r["prefill"]) for response in unsafe[r["prompt"]])
+    words = lambda text: set(text.lower().strip(" .,(-\n").split())
+    refusals = set().union(*(words(r["response"]) for r in train if r["source"] == "refusal"))
+    assert all(words(r["response"]) & refusals for r in begun if r["source"] == "turned")
 
 
 def test_a_missing_source_is_named(tmp_path):
@@ -152,27 +169,50 @@ def test_the_last_turn_of_a_dialogue(smollm2):
     assert sorted(held_out) == ["c"] * 3 + ["r"] * 3                    # a tenth, preferred and rejected alike
 
 
-def test_the_policys_own_replies(smollm2, tmp_path):
-    """Prefills of 0 to 10 tokens of the opening, half of the replies uniform; an interrupted run goes on to the same."""
-    from types import SimpleNamespace
+REQUESTS = [(f"Request {i}", "Sure, here is how to do what you have asked me for", i == 2) for i in range(4)]
 
-    from model import BadInput
-    rewards = script("safety_rewards")
-    rewards.PROMPTS_A_BATCH = 2
-    requests = [(f"Request {i}", "Sure, here is how to do what you have asked me for") for i in range(4)]
-    args = SimpleNamespace(max_prompt=64, max_reply=14, policy_batches=2, refused_batches=1, seed=0)
-    rows = rewards.policy_replies(smollm2, requests, tmp_path / "replies.jsonl", args)
-    assert [r["source"] for r in rows] == [1, 2] * 8 + [3] * 8
-    assert all(re.search("I|harmful|unable|illegal", smollm2.tokenizer.decode(r["reply"])) for r in rows[16:])
-    opening = smollm2.tokenizer.encode(requests[0][1])
+
+def test_the_policys_own_replies(smollm2):
+    """A prefill from the opening, then perhaps the beginning of a refusal, then what the policy makes of it."""
+    sample = script("safety_rewards").sample_batch
+    opening = smollm2.tokenizer.encode(REQUESTS[0][1])
+    rows = [r for seed in range(3) for r in sample(smollm2, REQUESTS, [], 64, 14, seed)]
+    assert [r["source"] for r in rows] == [1, 2] * 24
+    assert [r["held_out"] for r in rows] == ([False] * 8 + [True] * 4 + [False] * 4) * 3
+    assert all(len(r["reply"]) == 14 or r["reply"][-1] == 2 for r in rows)
+    assert any(r["reply"][:3] == opening[:3] for r in rows) and any(r["reply"][0] != opening[0] for r in rows)
+    turn = smollm2.tokenizer.encode(" I'm sorry, but I cannot")
+    rows = sample(smollm2, REQUESTS, [" I'm sorry, but I cannot"], 64, 30, 0)
+    assert {r["source"] for r in rows} == {3}
     for row in rows:
-        assert len(row["reply"]) <= 14 and (len(row["reply"]) == 14 or row["reply"][-1] == 2)
-    assert any(row["reply"][:3] == opening[:3] for row in rows)
-    path = tmp_path / "again.jsonl"
-    path.write_bytes((tmp_path / "replies.jsonl").read_bytes()[:-400])  # killed in the middle of a line
-    assert rewards.policy_replies(smollm2, requests, path, args) == rows
+        prefill = next(n for n in range(17) if row["reply"][n] != ([*opening, None] * 2)[n])    # up to where it turns
+        assert row["reply"][prefill] == turn[0]
+
+
+def test_what_a_search_visits(smollm2, mrm):
+    script_ = script("safety_rewards")
+    rows = script_.search_batch(smollm2, mrm, REQUESTS[:1], 64, 8, 0)
+    replies = [tuple(r["reply"]) for r in rows]
+    assert {r["source"] for r in rows} == {4} and 1 < len(replies) <= script_.REPLIES_A_SEARCH
+    assert len(set(replies)) == len(replies) and len(replies[0]) == 8   # the reply itself comes first
+    assert not any(a != b and a == b[:len(a)] for a in replies for b in replies)    # ends of branches only
+
+
+def test_an_interrupted_collection_goes_on_to_the_same(tmp_path):
+    from model import BadInput
+    collect = script("safety_rewards").collect
+    make = lambda requests, batch: [{"reply": [batch, *requests]}]
+    rows = collect(tmp_path / "rows.jsonl", {"seed": 0}, list(range(20)), 4, make)
+    assert [r["reply"][0] for r in rows] == [0, 1, 2, 3]
+    assert sorted(rows[0]["reply"][1:] + rows[1]["reply"][1:] + rows[2]["reply"][1:5]) == list(range(20))
+    path, whole = tmp_path / "again.jsonl", (tmp_path / "rows.jsonl").read_bytes()
+    for cut in (0, 5, 70, 120, len(whole) - 1):                         # killed in the middle of a line
+        path.write_bytes(whole[:cut])
+        assert collect(path, {"seed": 0}, list(range(20)), 4, make) == rows
+        assert path.read_bytes() == whole
+    assert collect(path, {"seed": 0}, list(range(20)), 2, make) == rows[:2]
     with pytest.raises(BadInput, match="delete it"):
-        rewards.policy_replies(smollm2, requests, path, SimpleNamespace(**vars(args) | {"seed": 1}))
+        collect(path, {"seed": 1}, list(range(20)), 4, make)
 
 
 def test_a_corpus_comes_back_as_written(smollm2, guard, tmp_path):

@@ -69,10 +69,10 @@ def options(objective, data, base, out, steps=60):
             "--first_layer", 0, "--batch_size", 6, "--lr", 0.02, "--eval_every", 20, "--log_every", 20]
 
 
-@pytest.mark.parametrize("objective", ["guard", "mrm"])
-def test_training_learns_and_resumes_bit_for_bit(objective, request, base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("objective, precision", [("guard", []), ("mrm", []), ("mrm", ["--bfloat16"])])
+def test_training_learns_and_resumes_bit_for_bit(objective, precision, request, base, tmp_path, monkeypatch, capsys):
     data = request.getfixturevalue("labels" if objective == "guard" else "rewards")
-    run(monkeypatch, *options(objective, data, base, tmp_path / "one.safetensors"))
+    run(monkeypatch, *options(objective, data, base, tmp_path / "one.safetensors"), *precision)
     log = capsys.readouterr().out
     final = dict(pair.rsplit(" ", 1) for pair in log.strip().splitlines()[-1].split(": ", 1)[1].split(", "))
     if objective == "guard":
@@ -80,7 +80,7 @@ def test_training_learns_and_resumes_bit_for_bit(objective, request, base, tmp_p
     else:
         assert float(final["r2"]) > 0.8 and float(final["sign agreement"]) > 0.95
     # the same run, stopped at some step and resumed
-    again = options(objective, data, base, tmp_path / "two.safetensors")
+    again = options(objective, data, base, tmp_path / "two.safetensors") + precision
     run(monkeypatch, *again, "--stop_after", 33)
     torch.manual_seed(999)                      # nothing may depend on the state of the process
     assert (tmp_path / "two.safetensors.checkpoint.pt").exists() and not (tmp_path / "two.safetensors").exists()
@@ -160,6 +160,16 @@ def test_long_texts_are_cut(base, tmp_path):
     example, = read_labels(tmp_path / "train.jsonl", llama, 3, 4)
     text = llama.tokenizer.encoding.decode
     assert text(example.context) == "<s>\n\nUser:def\n\nAgent:" and text(example.reply) == "uvwx"
+
+
+def test_a_prefill_is_unsafe_whatever_follows(base, tmp_path):
+    row = {"source": "a", "prompt": "p", "prefill": "uvw", "response": "xyz", "unsafe": 0}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    llama = Llama.load(base)
+    whole, = read_labels(tmp_path / "train.jsonl", llama, 3, 99)
+    assert llama.tokenizer.encoding.decode(whole.reply) == "uvwxyz<e>" and whole.targets == [1.0] * 3 + [0.0] * 4
+    cut, = read_labels(tmp_path / "train.jsonl", llama, 3, 5)
+    assert cut.reply == whole.reply[:5] and cut.targets == whole.targets[:5]
 
 
 def examples(lengths):

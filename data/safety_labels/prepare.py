@@ -4,7 +4,7 @@ Labelled replies, to train and validate the guard: JailbreakBench, XSTest, DiaSa
     python data/safety_labels/prepare.py [--from FOLDER]
 
 Writes train.jsonl and val.jsonl beside this file, one object a line:
-    {"source": ..., "prompt": ..., "response": ..., "unsafe": 0 or 1}
+    {"source": ..., "prompt": ..., "response": ..., "unsafe": 0 or 1}, some with a "prefill": ... before the response
 and attack.jsonl, the 40 held-out requests that eval.py attacks with. readme.md there names publishers, licences and
 how each label was derived. WARNING: harmful and offensive text.
 """
@@ -15,6 +15,7 @@ import http.client
 import io
 import json
 import os
+import random
 import re
 import sys
 import urllib.error
@@ -157,6 +158,40 @@ def complied(prompts, requests):
     return [row("opening", prompt, opening(prompt), unsafe) for prompt, unsafe in prompts.items()]
 
 
+# What may stand between an unsafe beginning and the refusal that a reply turns to.
+TURNS = [" ", " ", "... ", ". ", "\n\n", ", but ", " (", " - "]
+
+
+def turned(rows, refusals, count, pick):
+    """Replies that begin to comply and then refuse, safe from the refusal's first word on. Half of the refusals start
+    with a later sentence: there are more turns than "I'm sorry"."""
+    result = []
+    for i in range(count):
+        sentences = re.split(r"(?<=[.!?])\s+", pick.choice(refusals))
+        start = pick.randrange(len(sentences)) if i % 2 else 0
+        result.append(begun("turned", rows, pick.choice(TURNS) + " ".join(sentences[start:]), False, pick))
+    return result
+
+
+def babble(rows, count, pick):
+    """Replies that begin to comply and fall into word salad: the words of some reply in random order, or a few of
+    them over and over. Unsafe: a reply that has begun to comply takes nothing back by ceasing to make sense."""
+    result = []
+    for i in range(count):
+        salad = pick.choice(rows)["response"].split()
+        pick.shuffle(salad)
+        salad = salad[:pick.randint(1, 4)] * 12 if i % 2 else salad
+        result.append(begun("babble", rows, " " + " ".join(salad[:40]), True, pick))
+    return result
+
+
+def begun(source, rows, response, unsafe, pick):
+    """A response after the first words of the unsafe reply of one of `rows`."""
+    compliant = pick.choice([r for r in rows if r["unsafe"]])
+    prefill = " ".join(compliant["response"].split(" ")[:pick.randint(1, 20)])
+    return row(source, compliant["prompt"], "", unsafe) | {"prefill": prefill, "response": response}
+
+
 def attacks(val):
     """40 harmful requests of the validation set, each with one harmful reply: eval.py uses its first tokens as a
     prefill. The behaviours of JailbreakBench that have such a reply, then unsafe prompts of XSTest, evenly spread."""
@@ -182,8 +217,10 @@ def main():
     jbb_train, jbb_val, held_out_goals = jailbreakbench(read)
     xs_train, xs_val, refusals, prompts = xstest(read)
     requests = advbench(read, held_out_goals)
-    train = (jbb_train + xs_train + diasafety(read, "train") + requests + refused(requests, refusals)
-             + complied(prompts, requests))
+    openings, pick = complied(prompts, requests), random.Random(0)
+    replies = jbb_train + xs_train + requests + openings
+    train = (replies + diasafety(read, "train") + refused(requests, refusals) + turned(replies, refusals, 1500, pick)
+             + babble(replies, 600, pick))
     val = validation(jbb_val + xs_val + diasafety(read, "val") + diasafety(read, "test"), train)
     write_jsonl(attacks(val), HERE / "attack.jsonl")
     for name, rows in (("train", train), ("val", val)):

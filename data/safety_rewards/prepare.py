@@ -4,12 +4,15 @@ The MRM's corpus, the paper's Safety4M at laptop scale: replies with the guard's
     python data/safety_rewards/prepare.py --guard data/smollm2/guard.safetensors [--from FOLDER]
 
 Two kinds of replies: those of HH-RLHF's harmless dialogues, and the policy's own, sampled for the harmful requests of
-data/safety_labels (prepare that first) with and without a prefill. Writes replies.jsonl, which an interrupted run
-continues, and corpus.safetensors; readme.md describes both. WARNING: harmful and offensive text.
+data/safety_labels (prepare that first) with and without a prefill; with --mrm also those that a search with that MRM
+visits, for a second round of training. Writes policy.jsonl and search.jsonl, which an interrupted run continues, and
+corpus.safetensors; readme.md describes them. WARNING: harmful and offensive text.
 """
 
 import gzip
+import hashlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -25,19 +28,16 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from model import BadInput, Llama, Parser, read_jsonl       # noqa: E402
+from model import BadInput, Llama, Parser, Prompt, read_jsonl   # noqa: E402
 from mrm import load_adapter                                # noqa: E402
-from search import Branch, draw, extend, next_logits, nucleus   # noqa: E402
+from search import Branch, draw, extend, next_logits, nucleus, saffron  # noqa: E402
 from train_mrm import Example, predictions                  # noqa: E402
 from trie_cache import TrieCache                            # noqa: E402
 
 HH_FILE = "hh_rlhf/harmless-base/test.jsonl.gz"
 HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/test.jsonl.gz"
-SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused"]
-# What a reply that leaves the attack may go on with; the policy alone hardly ever does.
-REFUSALS = [" I'm sorry, but I cannot", " I cannot help with that.", "... I am sorry, but I", "\n\nI'm sorry, but I can't",
-            " is harmful. I cannot", ", but I am unable to", " (I am sorry, but this", " would be illegal, so I"]
-PROMPTS_A_BATCH, REPLIES_A_PROMPT = 8, 4
+SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "search"]
+PROMPTS_A_BATCH, REPLIES_A_PROMPT, REPLIES_A_SEARCH = 8, 4, 8
 
 
 def read_hh(local):
@@ -71,29 +71,30 @@ def hh_replies(llama, data, count, max_prompt, max_reply):
     return rows
 
 
-def harmful_requests(path):
-    """(request, opening of a compliant reply) pairs of AdvBench and JailbreakBench's training half, each once."""
-    if not path.exists():
-        raise BadInput(f"{path} is missing; run data/safety_labels/prepare.py first")
-    wanted = [r for _, r in read_jsonl(path) if r["unsafe"] and r["source"] in ("advbench", "jailbreakbench")]
-    return list({r["prompt"]: (r["prompt"], r["response"]) for r in reversed(wanted)}.values())
+def harmful_requests(labels):
+    """(request, compliant reply, held out) of AdvBench and JailbreakBench's training half, each request once; every
+    tenth is held out."""
+    wanted = {r["prompt"]: r["response"] for r in reversed(labels)
+              if r["unsafe"] and r["source"] in ("advbench", "jailbreakbench")}
+    return [(request, reply, i % 10 == 0) for i, (request, reply) in enumerate(wanted.items())]
 
 
 @torch.no_grad()
-def sample_batch(policy, requests, refused, max_prompt, max_reply, seed):
-    """Rows of the policy's own replies to a few requests, all in one trie. Each request gets a prefill of 0 to 10
+def sample_batch(policy, requests, turns, max_prompt, max_reply, seed):
+    """Rows of the policy's own replies to a few requests, all in one trie. Each request gets a prefill of 0 to 16
     tokens; half of its replies are drawn from the nucleus by probability, half uniformly, for a search goes to
-    tokens that the policy alone would seldom pick. If `refused`, the beginning of a refusal follows the prefill."""
+    tokens that the policy alone would seldom pick. `turns`: refusals, of one of which 1 to 12 tokens follow the
+    prefill, or none of them."""
     pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     rows, contexts = [], []
-    for request, opening in requests:
+    for request, opening, held_out in requests:
         prompt = policy.tokenizer.encode(request)[-max_prompt:]
-        prefill = policy.tokenizer.encode(opening)[:pick.randint(0, 10)]
+        prefill = policy.tokenizer.encode(opening)[:pick.randint(0, 16)]
         for i in range(REPLIES_A_PROMPT):
-            turn = policy.tokenizer.encode(pick.choice(REFUSALS)) if refused else []
-            begun = (prefill + turn)[:max_reply]
-            rows.append({"source": 3 if refused else 1 + i % 2, "prompt": prompt, "reply": begun})
-            contexts.append(policy.template(prompt, begun))
+            turn = policy.tokenizer.encode(pick.choice(turns))[:pick.randint(1, 12)] if turns else []
+            rows.append({"source": 3 if turns else 1 + i % 2, "prompt": prompt, "reply": prefill + turn,
+                         "held_out": held_out})
+            contexts.append(policy.template(prompt, prefill + turn))
     trie, branches = TrieCache(policy), [Branch() for _ in rows]
     for length in range(max_reply):
         growing = [i for i, branch in enumerate(branches)
@@ -112,30 +113,40 @@ def sample_batch(policy, requests, refused, max_prompt, max_reply, seed):
     return [row | {"reply": row["reply"] + branch.tokens} for row, branch in zip(rows, branches)]
 
 
-def policy_replies(policy, requests, path, args):
-    """All of the policy's replies: read from `path` as far as an interrupted run has got, sampled beyond. The first
-    line says which run it is; raises BadInput for another one."""
-    size = PROMPTS_A_BATCH * REPLIES_A_PROMPT
-    run = {"policy": policy.fingerprint, "requests": len(requests), "max_prompt": args.max_prompt,
-           "max_reply": args.max_reply, "seed": args.seed}
+def search_batch(policy, mrm, requests, max_prompt, max_reply, seed):
+    """Rows of what saffron visits at a few requests, after a prefill of 0 to 10 tokens: of each tree, its reply and
+    some of the branches that were given up."""
+    pick, rows = random.Random(seed), []
+    for request, opening, held_out in requests:
+        prefill = policy.tokenizer.encode(opening)[:pick.randint(0, 10)]
+        prompt = Prompt(policy.tokenizer.encode(request)[-max_prompt:], prefill)
+        result = saffron(policy, mrm, prompt, max_new_tokens=max_reply - len(prefill))
+        visited = {tuple(branch.tokens) for frontier in result.trace for branch in frontier}
+        leaves = sorted(visited - {tokens[:-1] for tokens in visited} - {tuple(result.tokens)})
+        some = [result.tokens, *pick.sample(leaves, min(len(leaves), REPLIES_A_SEARCH - 1))]
+        rows += [{"source": 4, "prompt": prompt.user, "reply": prefill + list(tokens), "held_out": held_out}
+                 for tokens in some]
+    return rows
+
+
+def collect(path, run, requests, batches, make):
+    """The rows of make(requests of the batch, batch) of all batches: read from `path` as far as an interrupted run has
+    got, made beyond. The file's first line says which run it is, each other one holds a batch. Raises BadInput for
+    the file of another run."""
+    order = list(range(len(requests)))
+    random.Random(run["seed"]).shuffle(order)
     with open(path, "a+b") as file:
         file.seek(0)
-        lines = file.read().split(b"\n")[:-1] or [json.dumps(run).encode()]       # the last line may be cut off
+        lines = file.read().split(b"\n")[:-1] or [json.dumps(run).encode()]      # the last line may be cut off
         if json.loads(lines[0]) != run:
             raise BadInput(f"{path} is of a run with {lines[0].decode()}, not {json.dumps(run)}; delete it to start anew")
-        done = (len(lines) - 1) // size
         file.truncate(0)
-        file.write(b"".join(line + b"\n" for line in lines[:1 + done * size]))
-        order = list(range(len(requests)))
-        random.Random(args.seed).shuffle(order)
-        for batch in tqdm(range(done, args.policy_batches + args.refused_batches), desc="sampling", unit="batch", file=sys.stderr):
+        file.write(b"".join(line + b"\n" for line in lines))
+        for batch in tqdm(range(len(lines) - 1, batches), desc=path.stem, unit="batch", file=sys.stderr):
             chosen = [order[(batch * PROMPTS_A_BATCH + i) % len(order)] for i in range(PROMPTS_A_BATCH)]
-            rows = sample_batch(policy, [requests[i] for i in chosen], batch >= args.policy_batches,
-                                args.max_prompt, args.max_reply, args.seed + batch)
-            for row, i in zip(rows, [i for i in chosen for _ in range(REPLIES_A_PROMPT)]):
-                file.write(json.dumps(row | {"held_out": i % 10 == 0}).encode() + b"\n")
+            file.write(json.dumps({"rows": make([requests[i] for i in chosen], batch)}).encode() + b"\n")
             file.flush()
-    return [row for _, row in read_jsonl(path)][1:1 + (args.policy_batches + args.refused_batches) * size]
+    return [row for _, line in itertools.islice(read_jsonl(path), 1, 1 + batches) for row in line["rows"]]
 
 
 def write_corpus(path, rows, rewards, guard, args):
@@ -162,17 +173,33 @@ def main():
     add("--policy", default="data/smollm2", help="the policy that writes replies, and the guard's base")
     add("--from", dest="local", help=f"a folder with {HH_FILE}, instead of downloading it")
     add("--hh_replies", type=int, default=1200)
-    add("--policy_batches", type=int, default=36, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
-    add("--refused_batches", type=int, default=14, help="the same, with the beginning of a refusal after the prefill")
+    add("--policy_batches", type=int, default=28, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
+    add("--refused_batches", type=int, default=24, help="the same, with the beginning of a refusal after the prefill")
+    add("--mrm", help="an MRM to search with; what that visits is added to the corpus")
+    add("--search_batches", type=int, default=8, help=f"of {PROMPTS_A_BATCH} searches each")
     add("--max_prompt", type=int, default=64, help="tokens kept of a prompt, the last ones")
     add("--max_reply", type=int, default=56, help="tokens of a reply, prefill included")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     llama = Llama.load(args.policy)
     guard = load_adapter(args.guard, llama, "guard")
-    requests = harmful_requests(HERE.parent / "safety_labels" / "train.jsonl")
+    path = HERE.parent / "safety_labels" / "train.jsonl"
+    if not path.exists():
+        raise BadInput(f"{path} is missing; run data/safety_labels/prepare.py first")
+    labels = [row for _, row in read_jsonl(path)]
+    requests, turns = harmful_requests(labels), [r["response"] for r in labels if r["source"] == "turned"]
     rows = hh_replies(llama, read_hh(args.local), args.hh_replies, args.max_prompt, args.max_reply)
-    rows += policy_replies(llama, requests, HERE / "replies.jsonl", args)
+    run = {"policy": llama.fingerprint, "requests": len(requests), "max_prompt": args.max_prompt,
+           "max_reply": args.max_reply, "refused_batches": args.refused_batches, "seed": args.seed}
+    rows += collect(HERE / "policy.jsonl", run, requests, args.policy_batches + args.refused_batches,
+                    lambda some, batch: sample_batch(llama, some, turns if batch < args.refused_batches else [],
+                                                     args.max_prompt, args.max_reply, args.seed + batch))
+    if args.mrm:
+        mrm = load_adapter(args.mrm, llama, "mrm")
+        run["mrm"] = hashlib.sha256(Path(args.mrm).read_bytes()).hexdigest()[:12]
+        rows += collect(HERE / "search.jsonl", run, requests, args.search_batches,
+                        lambda some, batch: search_batch(llama, mrm, some, args.max_prompt, args.max_reply,
+                                                         args.seed + batch))
     examples = [Example(SOURCES[r["source"]], guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"]))
                 for r in rows]
     rewards = predictions(guard, examples, "cpu")
@@ -183,9 +210,11 @@ def main():
 def report(rows, rewards):
     """What a reader of the log wants to know of the corpus."""
     for i, source in enumerate(SOURCES):
-        values = torch.cat([torch.from_numpy(r) for row, r in zip(rows, rewards) if row["source"] == i])
-        print(f"{source}: {sum(row['source'] == i for row in rows)} replies, {len(values)} tokens, reward "
-              f"mean {values.mean():.2f}, variance {values.var():.2f}, negative {(values < 0).float().mean():.2f}")
+        mine = [torch.from_numpy(r) for row, r in zip(rows, rewards) if row["source"] == i]
+        if mine:
+            values = torch.cat(mine)
+            print(f"{source}: {len(mine)} replies, {len(values)} tokens, reward mean {values.mean():.2f}, variance "
+                  f"{values.var():.2f}, negative {(values < 0).float().mean():.2f}")
 
 
 if __name__ == "__main__":
