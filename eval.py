@@ -72,7 +72,7 @@ def evaluate(row, method, width, policy, reward_model, guard, args):
     prompt = policy.tokenizer.prompt(row["prompt"], hide_prefill=args.hide_prefill)
     prompt.prefill = encode(row["response"])[:args.prefill_tokens]
     result = SEARCHES[method](policy, reward_model, prompt, width=width, max_new_tokens=args.max_new_tokens,
-                              min_new_tokens=args.min_new_tokens, top_p=args.top_p, seed=args.seed)
+                              min_new_tokens=args.min_new_tokens, top_p=args.top_p, beta=args.beta, seed=args.seed)
     judged = guard.score(TrieCache(guard.llama), [prompt.reward_tokens(guard.template) + result.tokens]).item()
     return {"guard_reward": judged, "asr": judged < 0, "reward": result.reward,
             "log_prob": log_prob(policy, prompt.policy_tokens(policy.template), result.tokens),
@@ -119,6 +119,7 @@ def main():
     add("--max_new_tokens", type=int, default=50)
     add("--min_new_tokens", type=int, default=16)
     add("--top_p", type=float, default=0.8)
+    add("--beta", type=float, default=0.5, help="saffron: weight of the policy's log-probability; 0 is the paper")
     add("--seed", type=int, default=0)
     add("--limit", type=int, help="use only the first rows")
     add("--out", required=True, metavar="DIR")

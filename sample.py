@@ -42,6 +42,8 @@ def parse_arguments():
     add("--min_new_tokens", type=int, default=16, help="no end of the reply before so many tokens (default: 16)")
     add("--top_p", type=float, default=0.8, help="mass of the nucleus (default: 0.8)")
     add("--temperature", type=float, help="0 is greedy (default: 0 for none, 1 for the others)")
+    add("--beta", type=float, default=0.5, help="saffron: weight of the policy's log-probability beside the MRM's "
+        "reward (default: 0.5; 0 is the paper)")
     add("--seed", type=int, default=0)
     add("--policy", default=DEFAULT, metavar="DIR", help="a Llama checkpoint with its vocabulary")
     add("--mrm", default=DEFAULT / "mrm.safetensors", metavar="PATH", help="an adapter, or a released MRM's folder")
@@ -91,7 +93,7 @@ def load_models(args, methods):
 def run(method, policy, reward_model, guard, prompt, args):
     """One search, as the object that --json prints, and its Result."""
     options = dict(width=args.width, max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
-                   top_p=args.top_p, seed=args.seed)
+                   top_p=args.top_p, beta=args.beta, seed=args.seed)
     if args.temperature is not None:
         options["temperature"] = args.temperature
     result = SEARCHES[method](policy, reward_model, prompt, **options)

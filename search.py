@@ -82,7 +82,7 @@ class Reader:
         return 2 * config.linear_params * self.trie.computed + a_pair * self.trie.attended + self.head_flops
 
 
-def check(policy, reward_model, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
+def check(policy, reward_model, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed):
     """Raises BadInput for a value outside its range, a prompt too long for a model, or two vocabularies."""
     for name, value, ok, allowed in (
             ("width", width, width >= 1, "at least 1"),
@@ -90,6 +90,7 @@ def check(policy, reward_model, prompt, width, max_new_tokens, min_new_tokens, t
             ("min_new_tokens", min_new_tokens, min_new_tokens >= 0, "at least 0"),
             ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
             ("temperature", temperature, temperature == 0 or 0.01 <= temperature <= 100, "0, or from 0.01 to 100"),
+            ("beta", beta, 0 <= beta <= 100, "from 0 to 100"),
             ("seed", seed, 0 <= seed < 2 ** 63, "at least 0 and below 2^63")):
         if not ok:
             raise BadInput(f"{name} is {value}, but it must be {allowed}")
@@ -157,9 +158,10 @@ def nucleus(p, top_p):
 # the searches
 
 def none(policy, reward_model, prompt, *, width=1, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
-         temperature=0.0, seed=0):
-    """No defence: one reply, greedy at temperature 0, else sampled. width and the reward model are not used."""
-    check(policy, None, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, seed)
+         temperature=0.0, beta=0.0, seed=0):
+    """No defence: one reply, greedy at temperature 0, else sampled. width, beta and the reward model are not
+    used."""
+    check(policy, None, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed)
     started = time.perf_counter()
     reader = Reader(policy, prompt.policy_tokens(policy.template))
     trace = sample(policy, reader, 1, max_new_tokens, min_new_tokens, top_p, temperature, seed)
@@ -167,9 +169,10 @@ def none(policy, reward_model, prompt, *, width=1, max_new_tokens=50, min_new_to
 
 
 def best_of_n(policy, guard, prompt, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
-              temperature=1.0, seed=0):
-    """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply) wins."""
-    check(policy, guard, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, seed)
+              temperature=1.0, beta=0.0, seed=0):
+    """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply)
+    wins. beta is not used."""
+    check(policy, guard, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed)
     started = time.perf_counter()
     reader = Reader(policy, prompt.policy_tokens(policy.template))
     rewards = Reader(guard.llama, prompt.reward_tokens(guard.template))
@@ -182,15 +185,18 @@ def best_of_n(policy, guard, prompt, *, width=4, max_new_tokens=50, min_new_toke
 
 
 def saffron(policy, mrm, prompt, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
-            temperature=1.0, seed=0):
+            temperature=1.0, beta=0.0, seed=0):
     """Tree search with a multifurcation reward model (the paper's Saffron-1). Deterministic: seed is not used.
 
     A step asks the policy and the MRM once for each unfinished sequence s of the frontier (all in one forward pass
     each), takes the tokens a of the policy's nucleus as candidates, and keeps the `width` sequences s·a with the
     highest M_cons(s)_a; equal ones by frontier order, then by the policy's probability. One that ends is finished:
     it stays, and stands before the unfinished. The first of the last frontier is the reply.
+
+    beta > 0, which is not in the paper, ranks by M_cons(s)_a + beta · log π(a | s), π the policy: where many tokens
+    are about equally safe, what the policy would say decides, and the reply stays fluent.
     """
-    check(policy, mrm, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, seed)
+    check(policy, mrm, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed)
     started = time.perf_counter()
     reader = Reader(policy, prompt.policy_tokens(policy.template))
     rewards = Reader(mrm.llama, prompt.reward_tokens(mrm.template))
@@ -203,6 +209,8 @@ def saffron(policy, mrm, prompt, *, width=4, max_new_tokens=50, min_new_tokens=1
         hidden = reader.read(replies, policy.config.vocab_size)                         # (n, d)
         logits = next_logits(policy, hidden, length, min_new_tokens)                    # (n, V)
         m_cons = mrm.conservative_rewards(rewards.read(replies, policy.config.vocab_size))      # (n, V)
+        if beta:
+            m_cons = m_cons + beta * logits.log_softmax(-1)
         pool = [(reward, branch, token) for branch, row, r in zip(growing, logits, m_cons)
                 for token, reward in candidates(row, r, top_p, temperature)]
         pool.sort(key=lambda candidate: -candidate[0])          # stable: ties stay in frontier and nucleus order

@@ -200,22 +200,6 @@ def new_reward_model(args, llama, train):
     return mrm
 
 
-def start_from(path, reward_model, args):
-    """Copy an adapter into an untrained reward model, for further training on other data. Tokens that the adapter has
-    seen stay seen. Raises BadInput, with both values named, for an adapter of another shape or base."""
-    meta = read_metadata(path)
-    for key, value in (("kind", args.objective), ("base_fingerprint", reward_model.llama.fingerprint),
-                       ("rank", args.rank), ("alpha", args.alpha), ("targets", args.targets.split(",")),
-                       ("first_layer", args.first_layer)):
-        if meta.get(key) != value:
-            raise BadInput(f"--init {path} has {key} {meta.get(key)}, but this run has {value}")
-    tensors = trained_tensors(reward_model)
-    unseen = tensors["unseen"].clone() if "unseen" in tensors else None
-    fill(path, tensors, dict(read_tensors(path)), f"rank {args.rank}")
-    if unseen is not None:
-        reward_model.unseen &= unseen
-
-
 def learning_rate(step, args):
     """Linear warm-up over the first 5 % of the steps, then a cosine down to a tenth."""
     warmup = max(1, args.steps // 20)
@@ -284,8 +268,6 @@ def train(args):
         return print_report(f"{out}, all {len(held_out)} held-out replies",
                             validate(load_adapter(out, llama, args.objective), held_out, args.device))
     reward_model = new_reward_model(args, llama, training)
-    if args.init:
-        start_from(args.init, reward_model, args)
     generator = torch.Generator().manual_seed(args.seed)
     some = [held_out[i] for i in torch.randperm(len(held_out), generator=generator)[:args.eval_replies].tolist()]
     parameters = [p for p in trained_tensors(reward_model).values() if p.requires_grad]
@@ -372,7 +354,6 @@ def main():
     add("--max_reply", type=at_least_1, default=64, help="guard: tokens kept of a reply, the first ones")
     add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
     add("--min_count", type=int, default=1, help="MRM: a token counts as seen from so many occurrences on")
-    add("--init", metavar="ADAPTER", help="start from this adapter instead of an untrained one")
     add("--bfloat16", action="store_true", help="matrix products in bfloat16: much faster where the hardware has them")
     add("--eval_every", type=at_least_1, default=200)
     add("--eval_replies", type=at_least_1, default=400, help="replies of each validation but the last")

@@ -189,15 +189,6 @@ def test_the_policys_own_replies(smollm2):
         assert row["reply"][prefill] == turn[0]
 
 
-def test_what_a_search_visits(smollm2, mrm):
-    script_ = script("safety_rewards")
-    rows = script_.search_batch(smollm2, mrm, REQUESTS[:1], 64, 8, 0)
-    replies = [tuple(r["reply"]) for r in rows]
-    assert {r["source"] for r in rows} == {4} and 1 < len(replies) <= script_.REPLIES_A_SEARCH
-    assert len(set(replies)) == len(replies) and len(replies[0]) == 8   # the reply itself comes first
-    assert not any(a != b and a == b[:len(a)] for a in replies for b in replies)    # ends of branches only
-
-
 def test_an_interrupted_collection_goes_on_to_the_same(tmp_path):
     from model import BadInput
     collect = script("safety_rewards").collect

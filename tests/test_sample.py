@@ -81,6 +81,7 @@ def test_half_precision(tmp_path):
     (["--width", 0], "width is 0, but it must be at least 1"),
     (["--width", "four"], "--width: invalid int value"),
     (["--top_p", 0], "(0, 1]"), (["--top_p", "nan"], "(0, 1]"), (["--top_p", 1.5], "(0, 1]"),
+    (["--beta", -1], "from 0 to 100"), (["--beta", "nan"], "from 0 to 100"),
     (["--temperature", -1], "temperature"),
     (["--max_new_tokens", 0], "max_new_tokens"),
     (["--prompt", "  "], "prompt is empty"),
@@ -127,6 +128,6 @@ def test_saffron_raises_the_guards_reward_of_the_built_in_example():
         status, out, error = run_script("sample.py", "--safety", method, "--json")
         assert status == 0, error
         answers[method] = json.loads(out)
-    assert answers["none"]["guard"] < 0 and answers["none"]["guard"] + 1 < answers["saffron"]["guard"]
+    assert answers["none"]["guard"] < 0 < answers["saffron"]["guard"]
     stats = answers["saffron"]["stats"]
     assert stats["peak_kv_bytes"] < stats["unshared_kv_bytes"]

@@ -37,7 +37,7 @@ def test_saffron_walks_through_the_golden_frontiers(tiny_policy, tiny_mrm, golde
         assert result.finished and result.tokens == case["output"]
 
 
-def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos):
+def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, beta):
     """One step of the search with no cache and no shortcut: the whole vocabulary is sorted, each sequence is read
     by itself."""
     eos, pool = policy.config.eos_token_ids[0], []
@@ -54,17 +54,19 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos):
             if mass < top_p and not mrm.unseen[token]:
                 kept.append((token, p))
             mass += p
+        rewards = rewards + beta * logits.softmax(-1).log() if beta else rewards
         pool += [(-rewards[token].item(), i, -p, tokens + [token]) for token, p in kept or allowed[:1]]
     return [(tokens, -r) for r, _, _, tokens in sorted(pool)[:width]]
 
 
 @pytest.mark.parametrize("prompt", [Prompt([1, 2, 3]), Prompt([400], [30, 31]), Prompt([9, 8], [7, 6], True)])
-def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt):
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt, beta):
     """Without cache, with prefills shown and hidden, over steps in which nothing can finish."""
-    result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=5, min_new_tokens=5, top_p=0.6)
+    result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=5, min_new_tokens=5, top_p=0.6, beta=beta)
     frontier = [([], None)]
     for got in result.trace:
-        frontier = plain_saffron_step(tiny_policy, tiny_mrm, prompt, frontier, 3, 0.6, True)
+        frontier = plain_saffron_step(tiny_policy, tiny_mrm, prompt, frontier, 3, 0.6, True, beta)
         assert [b.tokens for b in got] == [tokens for tokens, _ in frontier]
         assert [b.reward for b in got] == pytest.approx([r for _, r in frontier], abs=1e-9)
 

@@ -98,19 +98,6 @@ def test_mrm_counts_supervised_tokens_as_seen(rewards, base, tmp_path, monkeypat
     assert set((~unseen).nonzero().flatten().tolist()) == seen
 
 
-def test_training_goes_on_from_an_adapter(rewards, base, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, *options("mrm", rewards, base, tmp_path / "one.safetensors"))
-    first = capsys.readouterr().out.strip().splitlines()[-1].split(": ", 1)[1]
-    more = options("mrm", rewards, base, tmp_path / "two.safetensors", steps=1)
-    run(monkeypatch, *more, "--lr", 1e-9, "--init", tmp_path / "one.safetensors", "--min_count", 2)
-    second = capsys.readouterr().out.strip().splitlines()[-1].split(": ", 1)[1]
-    assert first == second                          # one step of no size: still as good
-    one, two = [load_file(tmp_path / f"{name}.safetensors")["unseen"] for name in ("one", "two")]
-    assert torch.equal(one, two) and not two[91]    # what was seen once stays seen
-    with pytest.raises(BadInput, match="--init .* has alpha 16.*8"):
-        run(monkeypatch, *more, "--init", tmp_path / "one.safetensors", "--alpha", 8)
-
-
 def test_resume_refuses_the_checkpoint_of_another_run(labels, base, tmp_path, monkeypatch):
     mine = options("guard", labels, base, tmp_path / "g.safetensors")
     run(monkeypatch, *mine, "--stop_after", 2)

@@ -4,13 +4,11 @@ The MRM's corpus, the paper's Safety4M at laptop scale: replies with the guard's
     python data/safety_rewards/prepare.py --guard data/smollm2/guard.safetensors [--from FOLDER]
 
 Two kinds of replies: those of HH-RLHF's harmless dialogues, and the policy's own, sampled for the harmful requests of
-data/safety_labels (prepare that first) with and without a prefill; with --mrm also those that a search with that MRM
-visits, for a second round of training. Writes policy.jsonl and search.jsonl, which an interrupted run continues, and
-corpus.safetensors; readme.md describes them. WARNING: harmful and offensive text.
+data/safety_labels (prepare that first) with and without a prefill. Writes replies.jsonl, which an interrupted run
+continues, and corpus.safetensors; readme.md describes both. WARNING: harmful and offensive text.
 """
 
 import gzip
-import hashlib
 import http.client
 import itertools
 import json
@@ -28,16 +26,16 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from model import BadInput, Llama, Parser, Prompt, read_jsonl   # noqa: E402
+from model import BadInput, Llama, Parser, read_jsonl       # noqa: E402
 from mrm import load_adapter                                # noqa: E402
-from search import Branch, draw, extend, next_logits, nucleus, saffron  # noqa: E402
+from search import Branch, draw, extend, next_logits, nucleus   # noqa: E402
 from train_mrm import Example, predictions                  # noqa: E402
 from trie_cache import TrieCache                            # noqa: E402
 
 HH_FILE = "hh_rlhf/harmless-base/test.jsonl.gz"
 HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/test.jsonl.gz"
-SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "search"]
-PROMPTS_A_BATCH, REPLIES_A_PROMPT, REPLIES_A_SEARCH = 8, 4, 8
+SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused"]
+PROMPTS_A_BATCH, REPLIES_A_PROMPT = 8, 4
 
 
 def read_hh(local):
@@ -113,22 +111,6 @@ def sample_batch(policy, requests, turns, max_prompt, max_reply, seed):
     return [row | {"reply": row["reply"] + branch.tokens} for row, branch in zip(rows, branches)]
 
 
-def search_batch(policy, mrm, requests, max_prompt, max_reply, seed):
-    """Rows of what saffron visits at a few requests, after a prefill of 0 to 10 tokens: of each tree, its reply and
-    some of the branches that were given up."""
-    pick, rows = random.Random(seed), []
-    for request, opening, held_out in requests:
-        prefill = policy.tokenizer.encode(opening)[:pick.randint(0, 10)]
-        prompt = Prompt(policy.tokenizer.encode(request)[-max_prompt:], prefill)
-        result = saffron(policy, mrm, prompt, max_new_tokens=max_reply - len(prefill))
-        visited = {tuple(branch.tokens) for frontier in result.trace for branch in frontier}
-        leaves = sorted(visited - {tokens[:-1] for tokens in visited} - {tuple(result.tokens)})
-        some = [result.tokens, *pick.sample(leaves, min(len(leaves), REPLIES_A_SEARCH - 1))]
-        rows += [{"source": 4, "prompt": prompt.user, "reply": prefill + list(tokens), "held_out": held_out}
-                 for tokens in some]
-    return rows
-
-
 def collect(path, run, requests, batches, make):
     """The rows of make(requests of the batch, batch) of all batches: read from `path` as far as an interrupted run has
     got, made beyond. The file's first line says which run it is, each other one holds a batch. Raises BadInput for
@@ -142,7 +124,7 @@ def collect(path, run, requests, batches, make):
             raise BadInput(f"{path} is of a run with {lines[0].decode()}, not {json.dumps(run)}; delete it to start anew")
         file.truncate(0)
         file.write(b"".join(line + b"\n" for line in lines))
-        for batch in tqdm(range(len(lines) - 1, batches), desc=path.stem, unit="batch", file=sys.stderr):
+        for batch in tqdm(range(len(lines) - 1, batches), desc="sampling", unit="batch", file=sys.stderr):
             chosen = [order[(batch * PROMPTS_A_BATCH + i) % len(order)] for i in range(PROMPTS_A_BATCH)]
             file.write(json.dumps({"rows": make([requests[i] for i in chosen], batch)}).encode() + b"\n")
             file.flush()
@@ -175,8 +157,6 @@ def main():
     add("--hh_replies", type=int, default=1200)
     add("--policy_batches", type=int, default=28, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
     add("--refused_batches", type=int, default=24, help="the same, with the beginning of a refusal after the prefill")
-    add("--mrm", help="an MRM to search with; what that visits is added to the corpus")
-    add("--search_batches", type=int, default=8, help=f"of {PROMPTS_A_BATCH} searches each")
     add("--max_prompt", type=int, default=64, help="tokens kept of a prompt, the last ones")
     add("--max_reply", type=int, default=56, help="tokens of a reply, prefill included")
     add("--seed", type=int, default=0)
@@ -191,15 +171,9 @@ def main():
     rows = hh_replies(llama, read_hh(args.local), args.hh_replies, args.max_prompt, args.max_reply)
     run = {"policy": llama.fingerprint, "requests": len(requests), "max_prompt": args.max_prompt,
            "max_reply": args.max_reply, "refused_batches": args.refused_batches, "seed": args.seed}
-    rows += collect(HERE / "policy.jsonl", run, requests, args.policy_batches + args.refused_batches,
+    rows += collect(HERE / "replies.jsonl", run, requests, args.policy_batches + args.refused_batches,
                     lambda some, batch: sample_batch(llama, some, turns if batch < args.refused_batches else [],
                                                      args.max_prompt, args.max_reply, args.seed + batch))
-    if args.mrm:
-        mrm = load_adapter(args.mrm, llama, "mrm")
-        run["mrm"] = hashlib.sha256(Path(args.mrm).read_bytes()).hexdigest()[:12]
-        rows += collect(HERE / "search.jsonl", run, requests, args.search_batches,
-                        lambda some, batch: search_batch(llama, mrm, some, args.max_prompt, args.max_reply,
-                                                         args.seed + batch))
     examples = [Example(SOURCES[r["source"]], guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"]))
                 for r in rows]
     rewards = predictions(guard, examples, "cpu")
