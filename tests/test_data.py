@@ -180,7 +180,8 @@ def test_the_policys_own_replies(smollm2):
     assert [r["source"] for r in rows] == [1, 2] * 24
     assert [r["held_out"] for r in rows] == ([False] * 8 + [True] * 4 + [False] * 4) * 3
     assert all(len(r["reply"]) == 14 or r["reply"][-1] == 2 for r in rows)
-    assert any(r["reply"][:3] == opening[:3] for r in rows) and any(r["reply"][0] != opening[0] for r in rows)
+    shared = [next((n for n, (a, b) in enumerate(zip(r["reply"], opening)) if a != b), 14) for r in rows]
+    assert min(shared) < 6 and max(shared) > 10                         # prefills of many lengths
     turn = smollm2.tokenizer.encode(" I'm sorry, but I cannot")
     rows = sample(smollm2, REQUESTS, [" I'm sorry, but I cannot"], 64, 30, 0)
     assert {r["source"] for r in rows} == {3}

@@ -90,9 +90,9 @@ def sample_batch(policy, requests, turns, max_prompt, max_reply, seed):
         prefill = policy.tokenizer.encode(opening)[:pick.randint(0, 16)]
         for i in range(REPLIES_A_PROMPT):
             turn = policy.tokenizer.encode(pick.choice(turns))[:pick.randint(1, 12)] if turns else []
-            rows.append({"source": 3 if turns else 1 + i % 2, "prompt": prompt, "reply": prefill + turn,
-                         "held_out": held_out})
-            contexts.append(policy.template(prompt, prefill + turn))
+            begun = (prefill + turn)[:max_reply]
+            rows.append({"source": 3 if turns else 1 + i % 2, "prompt": prompt, "reply": begun, "held_out": held_out})
+            contexts.append(policy.template(prompt, begun))
     trie, branches = TrieCache(policy), [Branch() for _ in rows]
     for length in range(max_reply):
         growing = [i for i, branch in enumerate(branches)
