@@ -1,0 +1,229 @@
+"""
+How fast the search is, and how near it comes to what this machine's memory allows.
+
+    python bench.py                         widths 1, 4, 16, 64 with 32 new tokens, on the default models
+    python bench.py --length                seconds and memory against the length of the reply, width 4
+    python bench.py --prompt_length         the same against the length of the prompt
+    python bench.py --plot speed.png        seconds per step against width and against length, drawn
+    python bench.py --profile               the ten costliest operators at width 4
+
+"copies" is the same search with a cache as it is commonly written: a batch in which each sequence of the frontier has
+keys and values of its own. "of limit" is the share of what memory bandwidth allows: a step has to read the weights of
+policy and MRM, so it takes at least their bytes (both counted, also where they share some) / the bandwidth, which is
+measured at the start.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import torch
+
+from model import BadInput, Llama, Parser
+from mrm import load_mrm
+from sample import DEFAULT, PROMPT, prepare_default_weights
+from search import Branch, candidates, extend, next_logits, saffron
+
+WIDTHS, LENGTHS, PROMPT_LENGTHS = [1, 4, 16, 64], [32, 64, 128, 256, 512], [32, 128, 512, 2048]
+WIDTH, LENGTH = 4, 32                       # where the other one is swept
+COLUMNS = {"width": "d", "prompt": "d", "new": "d", "seconds": ".2f", "copies": ".2f", "ratio": ".2f", "ms/step": ".0f",
+           "computed": "d", "cached": "d", "KV MB": ".1f", "copies MB": ".1f", "of limit": ".2f"}
+
+
+class CopyCache:
+    """Keys and values of a batch of sequences of equal length, each with a copy of its own."""
+
+    def __init__(self, model):
+        self.model, self.layers, self.peak_bytes = model, {}, 0
+
+    def update(self, layer, k, v):
+        if layer in self.layers:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
+        self.layers[layer] = k, v
+        return k, v                                                             # (B, kv_heads, T, head_dim) each
+
+    @torch.no_grad()
+    def read(self, tokens, parents):
+        """Final hidden states after one more step: row i goes on from row parents[i]. (B, T) -> (B, d)."""
+        self.layers = {layer: (k[parents], v[parents]) for layer, (k, v) in self.layers.items()}
+        known, new = (self.layers[0][0].shape[2] if self.layers else 0), tokens.shape[1]
+        positions = torch.arange(known, known + new, device=tokens.device)[None]
+        mask = torch.ones(new, known + new, dtype=torch.bool, device=tokens.device).tril(known)
+        hidden = self.model(tokens, positions, mask, self)[:, -1]
+        self.peak_bytes = max(self.peak_bytes, sum(k.nbytes + v.nbytes for k, v in self.layers.values()))
+        return hidden
+
+
+def reference(policy, mrm, prompt, width, max_new_tokens, min_new_tokens, top_p=0.8):
+    """The search of search.py on CopyCaches: (reply, seconds, peak KV bytes)."""
+    started = time.perf_counter()
+    ints = lambda rows: torch.tensor(rows, device=policy.device)
+    caches = CopyCache(policy), CopyCache(mrm.llama)
+    new = [ints([context]) for context in (prompt.policy_tokens(policy.template), prompt.reward_tokens(mrm.template))]
+    frontier, growing, parents = [], [Branch()], ints([0])
+    for length in range(max_new_tokens):
+        h_policy, h_mrm = (cache.read(tokens, parents) for cache, tokens in zip(caches, new))
+        logits, m_cons = next_logits(policy, h_policy, length, min_new_tokens), mrm.conservative_rewards(h_mrm)
+        pool = [(reward, i, token) for i in range(len(growing))
+                for token, reward in candidates(logits[i], m_cons[i], top_p, 1.0)]
+        pool = sorted(pool, key=lambda candidate: -candidate[0])[:width]
+        best = [(extend(policy, growing[i], token, reward), i) for reward, i, token in pool]
+        frontier = [(branch, None) for branch, _ in frontier if branch.finished] + best
+        frontier = sorted(frontier, key=lambda item: (not item[0].finished, -item[0].reward))[:width]
+        growing = [branch for branch, _ in frontier if not branch.finished]
+        if not growing:
+            break
+        parents = ints([i for branch, i in frontier if not branch.finished])
+        new = [ints([[branch.tokens[-1]] for branch in growing])] * 2
+    return frontier[0][0].tokens, time.perf_counter() - started, sum(cache.peak_bytes for cache in caches)
+
+
+def weight_bytes(llama):
+    """Bytes of the weights that a step reads: all but an embedding that is not the head as well."""
+    embedding = llama.model.embed_tokens.weight
+    return sum(p.nbytes for p in llama.parameters() if p is not embedding or p is llama.lm_head.weight)
+
+
+def bandwidth(device):
+    """Bytes a second at which this machine reads memory: the best of ten sums over 512 MB."""
+    x, best = torch.ones(2 ** 27, device=device), 0.0
+    for _ in range(10):
+        started = time.perf_counter()
+        x.sum().item()
+        best = max(best, x.nbytes / (time.perf_counter() - started))
+    return best
+
+
+def prompt_of(policy, length):
+    """The built-in prompt, or a prompt of that many tokens, template included: its words over and over."""
+    prompt = policy.tokenizer.prompt(PROMPT)
+    if length is not None:
+        rest = length - len(policy.template([]))
+        if rest < 1:
+            raise BadInput(f"--prompt_length {length}: the template alone takes {length - rest} tokens")
+        prompt.user = (prompt.user * length)[:rest]
+    return prompt
+
+
+def measure(policy, mrm, speed, width, new, length=None):
+    """A row of the table: one search, and the reference on the same prompt. No reply ends early."""
+    prompt = prompt_of(policy, length)
+    stats = saffron(policy, mrm, prompt, width=width, max_new_tokens=new, min_new_tokens=new).stats
+    _, seconds, copies = reference(policy, mrm, prompt, width, new, new)
+    step = stats.seconds / new
+    limit = (weight_bytes(policy) + weight_bytes(mrm.llama)) / speed
+    return dict(zip(COLUMNS, (width, len(prompt.policy_tokens(policy.template)), new, stats.seconds, seconds,
+                              stats.seconds / seconds, step * 1e3, stats.tokens_computed, stats.tokens_cached,
+                              stats.peak_kv_bytes / 1e6, copies / 1e6, limit / step)))
+
+
+def table(policy, mrm, speed, cases):
+    """Measure (width, new tokens, prompt length) after (width, ...), and print each row when it is there."""
+    print("".join(f"{name:>11}" for name in COLUMNS))
+    rows = []
+    for case in cases:
+        rows.append(measure(policy, mrm, speed, *case))
+        print("".join(f"{row:>11{form}}" for row, form in zip(rows[-1].values(), COLUMNS.values())), flush=True)
+    return rows
+
+
+def plot(path, rows):
+    """Seconds per step against the width (rows of LENGTH new tokens) and against the length (rows of WIDTH)."""
+    import matplotlib
+    matplotlib.use("Agg")                                   # draws to a file, needs no display
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    for axis, x, fixed, value, title in ((axes[0], "width", "new", LENGTH, f"{LENGTH} new tokens"),
+                                         (axes[1], "new", "width", WIDTH, f"width {WIDTH}")):
+        mine = sorted((r for r in rows if r[fixed] == value), key=lambda r: r[x])
+        for label, seconds in (("trie", "seconds"), ("a copy for each sequence", "copies")):
+            axis.plot([r[x] for r in mine], [r[seconds] / r["new"] for r in mine], marker="o", label=label)
+        axis.set(xlabel={"width": "width", "new": "new tokens"}[x], title=title, xscale="log", ylim=0)
+        axis.set_xticks([r[x] for r in mine], [str(r[x]) for r in mine], minor=False)
+        axis.minorticks_off()
+    axes[0].set_ylabel("seconds per step")
+    axes[0].legend()
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format=path.suffix[1:])
+    os.replace(partial, path)
+
+
+def profile(policy, mrm):
+    """Print the ten operators that take the most time, themselves, in a search of width 4."""
+    from torch.profiler import ProfilerActivity
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (policy.device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profiler:
+        saffron(policy, mrm, prompt_of(policy, None), width=WIDTH, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:10]:
+        print(f"{event.key[:50]:50} {event.self_cpu_time_total / 1e3:8.0f} ms  {event.self_cpu_time_total / total:4.0%}  "
+              f"{event.count:6d} calls")
+
+
+def numbers(text):
+    if not all(n.isdecimal() and int(n) for n in text.split(",")):
+        raise ArgumentTypeError(f"{text} is not whole numbers such as 1,4,16")
+    return [int(n) for n in text.split(",")]
+
+
+def main():
+    parser = Parser(description="How fast the search is.")
+    add = parser.add_argument
+    add("--width", type=numbers, default=WIDTHS, metavar="N,N", help="widths of the table (default: 1,4,16,64)")
+    add("--length", type=numbers, nargs="?", const=LENGTHS, metavar="N,N", help="reply lengths, at width 4 or --width")
+    add("--prompt_length", type=numbers, nargs="?", const=PROMPT_LENGTHS, metavar="N,N", help="the same of prompts")
+    add("--plot", type=Path, metavar="FILE", help="draw the table and the sweep of --length: .png, .svg or .pdf")
+    add("--profile", action="store_true")
+    add("--out", type=Path, metavar="FILE", help="write the table as JSON too")
+    add("--policy", default=DEFAULT, metavar="DIR")
+    add("--mrm", default=DEFAULT / "mrm.safetensors", metavar="PATH")
+    add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
+    add("--device", default="cpu")
+    args = parser.parse_args()
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
+    for path in filter(None, (args.plot, args.out)):        # before the measurements, not after them
+        if not path.parent.is_dir():
+            parser.error(f"{path.parent} is no folder")
+    prepare_default_weights(args.policy)
+    policy = Llama.load(args.policy, getattr(torch, args.dtype), args.device)
+    mrm = load_mrm(args.mrm, policy)
+    if args.profile:
+        return profile(policy, mrm)
+    speed = bandwidth(args.device)
+    machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
+               f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {args.dtype} on {args.device}")
+    print(f"{machine}\nmemory bandwidth {speed / 1e9:.1f} GB/s; weights {weight_bytes(policy) / 1e9:.2f} + "
+          f"{weight_bytes(mrm.llama) / 1e9:.2f} GB")
+    saffron(policy, mrm, prompt_of(policy, None), width=2, max_new_tokens=2)            # the first calls are slower
+    swept = args.width if args.width is not WIDTHS else [WIDTH]
+    lengths = [(w, n) for w in swept for n in args.length or LENGTHS]
+    widths = [(w, LENGTH) for w in args.width]
+    if args.plot:
+        cases = widths + [case for case in lengths if case not in widths]
+    elif args.prompt_length:
+        cases = [(w, LENGTH, n) for w in swept for n in args.prompt_length]
+    else:
+        cases = lengths if args.length else widths
+    rows = table(policy, mrm, speed, cases)
+    if args.out:
+        partial = args.out.with_name(args.out.name + ".partial")
+        partial.write_text(json.dumps({"machine": machine, "bandwidth": speed, "rows": rows}, indent=1) + "\n")
+        os.replace(partial, args.out)
+    if args.plot:
+        plot(args.plot, rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
