@@ -22,6 +22,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from model import BadInput, Llama, Parser
 from mrm import load_mrm
@@ -40,24 +41,25 @@ class CopyCache:
     def __init__(self, model):
         self.model, self.layers, self.peak_bytes = model, {}, 0
 
-    def update(self, layer, k, v):
+    def attend(self, layer, q, k, v):                       # (B, heads, T, head_dim); all T of a row are new
         if layer in self.layers:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
-        self.layers[layer] = k, v
-        return k, v                                                             # (B, kv_heads, T, head_dim) each
+        self.layers[layer] = k, v                                               # (B, kv_heads, S, head_dim) each
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     @torch.no_grad()
     def read(self, tokens, parents):
         """Final hidden states after one more step: row i goes on from row parents[i]. (B, T) -> (B, d)."""
         self.layers = {layer: (k[parents], v[parents]) for layer, (k, v) in self.layers.items()}
-        known, new = (self.layers[0][0].shape[2] if self.layers else 0), tokens.shape[1]
-        positions = torch.arange(known, known + new, device=tokens.device)[None]
-        mask = torch.ones(new, known + new, dtype=torch.bool, device=tokens.device).tril(known)
-        hidden = self.model(tokens, positions, mask, self)[:, -1]
+        known = self.layers[0][0].shape[2] if self.layers else 0
+        positions = torch.arange(known, known + tokens.shape[1], device=tokens.device)[None]
+        hidden = self.model(tokens, positions, self)[:, -1]
         self.peak_bytes = max(self.peak_bytes, sum(k.nbytes + v.nbytes for k, v in self.layers.values()))
         return hidden
 
 
+@torch.no_grad()
 def reference(policy, mrm, prompt, width, max_new_tokens, min_new_tokens, top_p=0.8):
     """The search of search.py on CopyCaches: (reply, seconds, peak KV bytes)."""
     started = time.perf_counter()
@@ -68,8 +70,8 @@ def reference(policy, mrm, prompt, width, max_new_tokens, min_new_tokens, top_p=
     for length in range(max_new_tokens):
         h_policy, h_mrm = (cache.read(tokens, parents) for cache, tokens in zip(caches, new))
         logits, m_cons = next_logits(policy, h_policy, length, min_new_tokens), mrm.conservative_rewards(h_mrm)
-        pool = [(reward, i, token) for i in range(len(growing))
-                for token, reward in candidates(logits[i], m_cons[i], top_p, 1.0)]
+        pool = [(m_cons[i, token].item(), i, token) for i, token in
+                zip(*(x.tolist() for x in candidates(logits, mrm.unseen, top_p, 1.0)))]
         pool = sorted(pool, key=lambda candidate: -candidate[0])[:width]
         best = [(extend(policy, growing[i], token, reward), i) for reward, i, token in pool]
         frontier = [(branch, None) for branch, _ in frontier if branch.finished] + best

@@ -28,10 +28,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import BadInput, Linear, Template, read_json, read_tensors
+from model import BadInput, Template, read_json, read_tensors
 
 # ---------------------------------------------------------------------------------------------------------------
 # LoRA
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
 
 class LoRALinear(nn.Module):
     """y = x Wᵀ + (alpha / r) (x Aᵀ) Bᵀ with W frozen; B starts at zero, so that training starts at W."""
@@ -47,45 +50,83 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         return self.linear(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
-    def merged(self):
-        """The plain Linear with weight W + (alpha / r) B A."""
-        with torch.device("meta"):
-            linear = Linear(*reversed(self.linear.weight.shape))
-        weight = self.linear.weight + self.scale * self.lora_B @ self.lora_A
-        linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        return linear
-
 
 def add_lora(llama, rank, alpha, targets, first_layer=0):
     """A copy of `llama` with LoRA on the target projections of layers first_layer and up. All frozen weights are
     shared with the original, not copied. A is drawn from torch's global generator. Raises BadInput for a rank below
     1, a layer that is not there and a projection that no Llama has."""
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     layers = llama.config.num_hidden_layers
     for what, value, ok, allowed in (
             ("rank", rank, rank >= 1, "at least 1"),
             ("first layer", first_layer, 0 <= first_layer < layers, f"between 0 and {layers - 1}"),
-            ("targets", targets, targets and set(targets) <= set(projections), f"some of {', '.join(projections)}")):
+            ("targets", targets, targets and set(targets) <= set(PROJECTIONS), f"some of {', '.join(PROJECTIONS)}")):
         if not ok:
             raise BadInput(f"LoRA's {what} cannot be {value}: it must be {allowed}")
-    shared = [*llama.parameters(), llama.tokenizer]
-    llama = copy.deepcopy(llama, {id(x): x for x in shared})
+    llama = shallow_copy(llama)
     for block in llama.model.layers[first_layer:]:
-        for part in (block.self_attn, block.mlp):
-            for name in targets:
-                if hasattr(part, name):
-                    setattr(part, name, LoRALinear(getattr(part, name), rank, alpha))
+        for name in targets:
+            part = part_of(block, name)
+            setattr(part, name, LoRALinear(getattr(part, name), rank, alpha))
     return llama
 
 
-def merge_lora(llama):
-    """Replace each LoRALinear by the plain product, in place: same function, nothing extra to compute."""
-    for block in llama.model.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, child in list(part.named_children()):
-                if isinstance(child, LoRALinear):
-                    setattr(part, name, child.merged())
-    return llama
+def shallow_copy(llama):
+    """New modules around the very same tensors and tokenizer."""
+    return copy.deepcopy(llama, {id(x): x for x in [*llama.parameters(), llama.tokenizer]})
+
+
+def part_of(block, name):
+    """The module of a block that has the projection of that name."""
+    return block.self_attn if hasattr(block.self_attn, name) else block.mlp
+
+
+class Backbone:
+    """Llamas that differ in LoRA only, as one: a pass reads the base weights once for the tokens of all of them.
+
+    It is a copy of the Llama in which each projection that some of them adapt is a SharedLinear. Of R, the sum of all
+    ranks, ranks `owner == i` belong to llamas[i]; `own` says for each token of a pass which ranks are its reader's.
+    """
+
+    def __init__(self, llamas):
+        self.llamas, self.device, self.dtype = llamas, llamas[0].device, llamas[0].dtype
+        ranks = [next((len(m.lora_A) for m in llama.modules() if isinstance(m, LoRALinear)), 0) for llama in llamas]
+        self.owner = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=self.device)   # (R,)
+        self.llama = shallow_copy(llamas[0])
+        for block, *blocks in zip(self.llama.model.layers, *(llama.model.layers for llama in llamas)):
+            for name in PROJECTIONS:
+                linears = [getattr(part_of(b, name), name) for b in blocks]
+                if any(isinstance(linear, LoRALinear) for linear in linears):
+                    setattr(part_of(block, name), name, SharedLinear(self, linears, ranks))
+
+    def __call__(self, tokens, positions, cache):
+        """As Llama's forward, with B = 1. cache: a trie_cache.Pass, whose tries say whose the tokens are."""
+        reader = [self.llamas.index(trie.model) for trie in cache.tries for _ in trie.waiting]
+        own = torch.tensor(reader, device=self.device)[:, None] == self.owner               # (T, R)
+        self.own = own.to(self.dtype)
+        return self.llama(tokens, positions, cache)
+
+
+class SharedLinear(nn.Module):
+    """y = x Wᵀ + (own ⊙ x Aᵀ) Bᵀ, where A and B hold the LoRA of all readers one after another."""
+
+    def __init__(self, backbone, linears, ranks):
+        super().__init__()
+        self.backbone = backbone
+        self.linear = next(linear.linear for linear in linears if isinstance(linear, LoRALinear))
+        zeros = self.linear.weight.new_zeros
+        d_out, d_in = self.linear.weight.shape
+        pairs = [(linear.lora_A, linear.scale * linear.lora_B) if isinstance(linear, LoRALinear) else
+                 (zeros(r, d_in), zeros(d_out, r)) for linear, r in zip(linears, ranks)]
+        self.A = torch.cat([a for a, _ in pairs])                                           # (R, d_in)
+        self.B = torch.cat([b for _, b in pairs], dim=1)                                    # (d_out, R)
+
+    def forward(self, x):                                                                   # (1, T, d_in)
+        return self.linear(x) + F.linear(F.linear(x, self.A) * self.backbone.own, self.B)   # (1, T, d_out)
+
+
+def same_base(a, b):
+    """Whether two Llamas differ in LoRA only: their frozen weights are the very same tensors."""
+    return a.model.embed_tokens.weight is b.model.embed_tokens.weight
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -193,10 +234,10 @@ def read_metadata(path):
 
 
 def load_adapter(path, llama, kind):
-    """The Guard (kind "guard") or MRM ("mrm") of an adapter file, on `llama`, frozen and with LoRA merged in.
+    """The Guard (kind "guard") or MRM ("mrm") of an adapter file on `llama`, whose weights it shares; frozen.
 
-    All weights but the merged ones are shared with `llama`. Raises BadInput, with both values named, for an
-    adapter of another kind, made for another base model, another vocabulary, or whose rank is not the one it says.
+    Raises BadInput, with both values named, for an adapter of another kind, made for another base model, another
+    vocabulary, or whose rank is not the one it says.
     """
     meta = read_metadata(path)
     if not {"kind", "base", "base_fingerprint", "vocabulary", "rank", "alpha", "targets", "first_layer",
@@ -212,7 +253,6 @@ def load_adapter(path, llama, kind):
     llama = add_lora(llama, meta["rank"], meta["alpha"], meta["targets"], meta["first_layer"])
     model = {"guard": Guard, "mrm": MRM}[kind](llama, Template(*meta["template"]))
     fill(path, trained_tensors(model), dict(read_tensors(path)), f"rank {meta['rank']}")
-    merge_lora(model.llama)
     return model.requires_grad_(False)
 
 
@@ -229,7 +269,7 @@ def fill(path, wanted, found, said):
 
 def load_released_mrm(folder, llama, template):
     """The MRM of a folder in the layout of the paper's released weights: adapter_config.json and
-    adapter_model.safetensors (PEFT's LoRA), lm_head_bias.pt and unseen_mask.pt (plain tensors), merged and frozen.
+    adapter_model.safetensors (PEFT's LoRA), lm_head_bias.pt and unseen_mask.pt (plain tensors), frozen.
 
     Raises BadInput for a missing or damaged file and for kinds of LoRA other than the plain one.
     """
@@ -251,7 +291,6 @@ def load_released_mrm(folder, llama, template):
     found |= {"gain": torch.ones(()), "bias": read_tensor(folder / "lm_head_bias.pt"),
               "unseen": read_tensor(folder / "unseen_mask.pt")}
     fill(folder, trained_tensors(model), found, f"rank {rank}, vocabulary {llama.config.vocab_size}")
-    merge_lora(model.llama)
     return model.requires_grad_(False)
 
 

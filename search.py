@@ -8,9 +8,13 @@ Searching for a safe reply: each method is one function, all with the same signa
     result = saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8)
     result.tokens, result.text, result.reward, result.finished, result.stats, result.trace
 
-Shapes: n sequences, V = vocab_size.
+Given a list of prompts instead, a search returns a list of results, found side by side: see `side_by_side`.
+
+Shapes: n sequences, m candidates, d = hidden_size, V = vocab_size.
 """
 
+import functools
+import inspect
 import math
 import time
 from dataclasses import dataclass, field
@@ -18,15 +22,17 @@ from dataclasses import dataclass, field
 import torch
 
 from model import BadInput
-from trie_cache import TrieCache
+from mrm import Backbone, same_base
+from trie_cache import TrieCache, compute
 
 
-@dataclass
+@dataclass(eq=False)
 class Branch:
     """A reply under way: a node of the search tree."""
     tokens: list = field(default_factory=list)      # reply tokens, end-of-sequence included
     reward: float | None = None                     # what the search's reward model says of it
     finished: bool = False                          # whether its last token is end-of-sequence
+    parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
 
 
 @dataclass
@@ -53,37 +59,41 @@ class Result:
 
 
 class Reader:
-    """One model's side of a search: its trie, the tokens that stand before the reply, and what it has cost."""
+    """One model's side of one prompt's search: its trie, the tokens that stand before the reply, and its cost."""
 
     def __init__(self, llama, context):
         self.trie, self.context = TrieCache(llama), context
-        self.calls = self.head_flops = self.unshared_slots = 0
+        self.nodes = {}                                 # the trie's node of each branch that was asked for last
+        self.calls = self.unshared_slots = 0
 
-    def read(self, replies, outputs):
-        """h(context + reply) of n replies: (n, d). `outputs`: how wide the head is that will read them, which is
-        counted here too."""
-        self.calls += len(replies)
-        self.head_flops += 2 * len(replies) * self.trie.model.config.hidden_size * outputs
-        sequences = [self.context + reply for reply in replies]
-        self.unshared_slots = max(self.unshared_slots, sum(map(len, sequences)))
-        return self.trie(sequences)
+    def ask(self, branches):
+        """Ask for h(context + reply) of n branches; what no path to them needs is forgotten. The next `compute` reads
+        their new tokens."""
+        new = [(self.nodes[branch.parent], branch.tokens[-1:]) if branch.parent in self.nodes else
+               (self.trie.root, self.context + branch.tokens) for branch in branches]
+        self.trie.keep({node for node, _ in new})
+        self.nodes = {branch: self.trie.insert(*rest) for branch, rest in zip(branches, new)}
+        self.calls += len(branches)
+        self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in self.nodes.values()))
 
-    def retain(self, branches):
-        """Forget all but what is needed to go on with the unfinished ones of these branches."""
-        self.trie.retain([self.context + branch.tokens for branch in branches if not branch.finished])
+    def answer(self):
+        """What was asked for, when it is computed: (n, d)."""
+        return self.trie.states(self.nodes.values())
 
     @property
     def flops(self):
-        """FLOPs so far, where a multiply-add counts as two:
-        2 · linear weights · tokens + 4 · layers · heads · head_dim · (query, key) pairs + 2 · d · outputs · head rows.
+        """FLOPs so far without the head, where a multiply-add counts as two:
+        2 · linear weights (LoRA's included) · tokens + 4 · layers · heads · head_dim · (query, key) pairs.
         """
-        config = self.trie.model.config
+        llama, config = self.trie.model, self.trie.model.config
+        weights = config.linear_params + sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)
         a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-        return 2 * config.linear_params * self.trie.computed + a_pair * self.trie.attended + self.head_flops
+        return 2 * weights * self.trie.computed + a_pair * self.trie.attended
 
 
 def check(policy, reward_model, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed):
-    """Raises BadInput for a value outside its range, a prompt too long for a model, or two vocabularies."""
+    """Raises BadInput for a value outside its range, a prompt too long for a model, or two vocabularies. reward_model:
+    None where the search uses none."""
     for name, value, ok, allowed in (
             ("width", width, width >= 1, "at least 1"),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -128,9 +138,9 @@ def next_logits(policy, hidden, length, min_new_tokens):
 
 
 def probabilities(logits, temperature):
-    """softmax(logits / temperature): (V,) -> (V,). At temperature 0, the best token has all of it."""
+    """softmax(logits / temperature): (n, V) -> (n, V). At temperature 0, the best token of a row has all of it."""
     if temperature == 0:
-        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     return (logits / temperature).softmax(-1)
 
 
@@ -155,88 +165,142 @@ def nucleus(p, top_p):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# running searches
+
+def side_by_side(steps):
+    """Make a search of a generator that describes its steps for one prompt.
+
+    The generator yields two lists: the branches that the policy shall read, and those that the reward model shall. It
+    is sent their final hidden states, (n, d) each, and returns the branch that won and the trace. The function made of
+    it takes a prompt, or a list of prompts, whose searches then go on in lockstep: what all of them want read is read
+    in one forward pass, for policy and reward model together where these differ in LoRA only. Each prompt has
+    tries of its own, so its reply and its stats (but the seconds) are the same as if it were alone.
+    """
+    @functools.wraps(steps)
+    @torch.no_grad()
+    def search(policy, reward_model, prompts, **options):
+        call = inspect.signature(steps).bind(policy, reward_model, **options)
+        call.apply_defaults()
+        started, searches, results, answers = time.perf_counter(), [], {}, {}
+        for i, prompt in enumerate(prompts if isinstance(prompts, list) else [prompts]):
+            check(policy, reward_model, prompt, **call.kwargs)
+            readers = [Reader(policy, prompt.policy_tokens(policy.template))]
+            if reward_model is not None:
+                readers.append(Reader(reward_model.llama, prompt.reward_tokens(reward_model.template)))
+            searches.append((steps(*call.args, **call.kwargs), readers))
+            answers[i] = None
+        llamas = [policy] if reward_model is None else [policy, reward_model.llama]
+        bases = [Backbone(llamas)] if len(llamas) == 2 and same_base(*llamas) else llamas
+        while answers:
+            for i, answer in list(answers.items()):
+                generator, readers = searches[i]
+                try:
+                    for reader, branches in zip(readers, generator.send(answer)):
+                        reader.ask(branches)
+                except StopIteration as end:
+                    results[i] = finish(policy, *end.value, readers, started)
+                    del answers[i]
+            for base in bases:
+                compute(base, [reader.trie for i in answers for reader in searches[i][1]
+                               if base is reader.trie.model or len(bases) < len(llamas)])
+            answers = {i: [reader.answer() for reader in searches[i][1]] for i in answers}
+        return [results[i] for i in range(len(searches))] if isinstance(prompts, list) else results[0]
+    return search
+
+
+def finish(policy, branch, trace, readers, started):
+    """The Result for the winning branch, with what the readers have cost."""
+    reader, rewards = readers[0], readers[1:]
+    total = lambda value: sum(map(value, readers))
+    stats = Stats(
+        policy_calls=reader.calls,
+        reward_calls=sum(r.calls for r in rewards),
+        tokens_computed=total(lambda r: r.trie.computed),
+        tokens_cached=total(lambda r: r.trie.cached),
+        flops=total(lambda r: r.flops) + 2 * reader.calls * policy.config.hidden_size * policy.config.vocab_size,
+        seconds=time.perf_counter() - started,
+        peak_kv_bytes=total(lambda r: r.trie.peak_slots * r.trie.bytes_per_slot),
+        unshared_kv_bytes=total(lambda r: r.unshared_slots * r.trie.bytes_per_slot))
+    text = policy.tokenizer.decode(branch.tokens) if policy.tokenizer else ""
+    return Result(branch.tokens, text, branch.reward, branch.finished, stats, trace)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # the searches
 
-def none(policy, reward_model, prompt, *, width=1, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
-         temperature=0.0, beta=0.0, seed=0):
+@side_by_side
+def none(policy, reward_model, *, width=1, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=0.0, beta=0.0,
+         seed=0):
     """No defence: one reply, greedy at temperature 0, else sampled. width, beta and the reward model are not
     used."""
-    check(policy, None, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed)
-    started = time.perf_counter()
-    reader = Reader(policy, prompt.policy_tokens(policy.template))
-    trace = sample(policy, reader, 1, max_new_tokens, min_new_tokens, top_p, temperature, seed)
-    return finish(policy, trace[-1][0], trace, reader, None, started)
+    trace = yield from sample(policy, 1, max_new_tokens, min_new_tokens, top_p, temperature, seed)
+    return trace[-1][0], trace
 
 
-def best_of_n(policy, guard, prompt, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
-              temperature=1.0, beta=0.0, seed=0):
+@side_by_side
+def best_of_n(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0,
+              seed=0):
     """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply)
     wins. beta is not used."""
-    check(policy, guard, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed)
-    started = time.perf_counter()
-    reader = Reader(policy, prompt.policy_tokens(policy.template))
-    rewards = Reader(guard.llama, prompt.reward_tokens(guard.template))
-    trace = sample(policy, reader, width, max_new_tokens, min_new_tokens, top_p, temperature, seed)
+    trace = yield from sample(policy, width, max_new_tokens, min_new_tokens, top_p, temperature, seed)
     branches = trace[-1]
-    hidden = rewards.read([branch.tokens for branch in branches], outputs=1)
+    _, hidden = yield [], branches                                                      # (width, d)
     for branch, reward in zip(branches, guard.rewards(hidden).tolist()):
         branch.reward = reward
-    return finish(policy, max(branches, key=lambda branch: branch.reward), trace, reader, rewards, started)
+    return max(branches, key=lambda branch: branch.reward), trace
 
 
-def saffron(policy, mrm, prompt, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
-            temperature=1.0, beta=0.0, seed=0):
+@side_by_side
+def saffron(policy, mrm, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
     """Tree search with a multifurcation reward model (the paper's Saffron-1). Deterministic: seed is not used.
 
-    A step asks the policy and the MRM once for each unfinished sequence s of the frontier (all in one forward pass
-    each), takes the tokens a of the policy's nucleus as candidates, and keeps the `width` sequences s·a with the
-    highest M_cons(s)_a; equal ones by frontier order, then by the policy's probability. One that ends is finished:
-    it stays, and stands before the unfinished. The first of the last frontier is the reply.
+    A step asks the policy and the MRM once for each unfinished sequence s of the frontier (all in one forward pass),
+    takes the tokens a of the policy's nucleus that are not in V_unseen as candidates, and keeps the `width` sequences
+    s·a with the highest M(s)_a; equal ones by frontier order, then by the policy's probability. One that ends is
+    finished: it stays, and stands before the unfinished. The first of the last frontier is the reply.
 
-    beta > 0, which is not in the paper, ranks by M_cons(s)_a + beta · log π(a | s), π the policy: where many tokens
+    beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(a | s), π the policy: where many tokens
     are about equally safe, what the policy would say decides, and the reply stays fluent.
     """
-    check(policy, mrm, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed)
-    started = time.perf_counter()
-    reader = Reader(policy, prompt.policy_tokens(policy.template))
-    rewards = Reader(mrm.llama, prompt.reward_tokens(mrm.template))
     frontier, trace = [Branch()], []
     for length in range(max_new_tokens):
         growing = [branch for branch in frontier if not branch.finished]
         if not growing:
             break
-        replies = [branch.tokens for branch in growing]
-        hidden = reader.read(replies, policy.config.vocab_size)                         # (n, d)
+        hidden, mrm_hidden = yield growing, growing                                     # (n, d) each
         logits = next_logits(policy, hidden, length, min_new_tokens)                    # (n, V)
-        m_cons = mrm.conservative_rewards(rewards.read(replies, policy.config.vocab_size))      # (n, V)
+        rows, tokens = candidates(logits, mrm.unseen, top_p, temperature)               # (m,) each
+        rewards = mrm.child_rewards(mrm_hidden[rows], tokens)                           # M(s)_a: (m,)
         if beta:
-            m_cons = m_cons + beta * logits.log_softmax(-1)
-        pool = [(reward, branch, token) for branch, row, r in zip(growing, logits, m_cons)
-                for token, reward in candidates(row, r, top_p, temperature)]
-        pool.sort(key=lambda candidate: -candidate[0])          # stable: ties stay in frontier and nucleus order
-        best = [extend(policy, branch, token, reward) for reward, branch, token in pool[:width]]
+            rewards = rewards + beta * (logits[rows, tokens] - logits.logsumexp(-1)[rows])
+        best = rewards.argsort(descending=True, stable=True)[:width]        # ties: in frontier and nucleus order
+        best = [extend(policy, growing[row], token, reward) for row, token, reward in
+                zip(rows[best].tolist(), tokens[best].tolist(), rewards[best].tolist())]
         frontier = [branch for branch in frontier if branch.finished] + best
         frontier = sorted(frontier, key=lambda branch: (not branch.finished, -branch.reward))[:width]
         trace.append(frontier)
-        reader.retain(frontier)
-        rewards.retain(frontier)
-    return finish(policy, frontier[0], trace, reader, rewards, started)
+    return frontier[0], trace
 
 
-def candidates(logits, m_cons, top_p, temperature):
-    """The (token, reward) pairs of a nucleus, most likely first, without unseen tokens, whose reward is -inf. If
-    all of the nucleus is unseen: the most likely seen token. logits, m_cons: (V,). Raises BadInput when there is none:
-    an MRM that saw end-of-sequence only."""
-    tokens = nucleus(probabilities(logits, temperature), top_p)
-    tokens = tokens[m_cons[tokens] > -math.inf]
-    if len(tokens) == 0:
-        tokens = logits.masked_fill(m_cons == -math.inf, -math.inf).argmax(keepdim=True)
-        if logits[tokens] + m_cons[tokens] == -math.inf:
-            raise BadInput("the MRM has not seen any token that could come next; train it on more text")
-    return zip(tokens.tolist(), m_cons[tokens].tolist())
+def candidates(logits, unseen, top_p, temperature):
+    """Which tokens may follow which of n sequences: rows (m,) and tokens (m,), by row and then most likely first. Those
+    of a row are its nucleus without unseen tokens; if all of it is unseen, the most likely seen token. logits:
+    (n, V), unseen: bool (V,). Raises BadInput when there is none: an MRM that saw end-of-sequence only."""
+    rows, tokens = [], []
+    for i, p in enumerate(probabilities(logits, temperature)):
+        inside = nucleus(p, top_p)
+        inside = inside[~unseen[inside]]
+        if len(inside) == 0:
+            seen = logits[i].masked_fill(unseen, -math.inf)
+            inside = seen.argmax(keepdim=True)
+            if seen[inside] == -math.inf:
+                raise BadInput("the MRM has not seen any token that could come next; train it on more text")
+        rows.append(torch.full_like(inside, i))
+        tokens.append(inside)
+    return torch.cat(rows), torch.cat(tokens)
 
 
-def sample(policy, reader, n, max_new_tokens, min_new_tokens, top_p, temperature, seed):
+def sample(policy, n, max_new_tokens, min_new_tokens, top_p, temperature, seed):
     """n independent replies, each token drawn from the nucleus. Returns the trace; its last element holds them."""
     generator = torch.Generator().manual_seed(seed)
     branches, trace = [Branch() for _ in range(n)], []
@@ -244,13 +308,11 @@ def sample(policy, reader, n, max_new_tokens, min_new_tokens, top_p, temperature
         growing = [branch for branch in branches if not branch.finished]
         if not growing:
             break
-        hidden = reader.read([branch.tokens for branch in growing], policy.config.vocab_size)
-        rows = iter(next_logits(policy, hidden, length, min_new_tokens))
-        branches = [branch if branch.finished else
-                    extend(policy, branch, draw(probabilities(next(rows), temperature), top_p, generator))
+        hidden, *_ = yield growing, []
+        rows = iter(probabilities(next_logits(policy, hidden, length, min_new_tokens), temperature))
+        branches = [branch if branch.finished else extend(policy, branch, draw(next(rows), top_p, generator))
                     for branch in branches]
         trace.append(branches)
-        reader.retain(branches)
     return trace
 
 
@@ -262,24 +324,7 @@ def draw(p, top_p, generator):
 
 def extend(policy, branch, token, reward=None):
     """The branch with one token more; end-of-sequence finishes it."""
-    return Branch(branch.tokens + [token], reward, token in policy.config.eos_token_ids)
-
-
-def finish(policy, branch, trace, reader, rewards, started):
-    """The Result for the winning branch, with what both readers have cost."""
-    readers = [reader, rewards] if rewards else [reader]
-    total = lambda value: sum(map(value, readers))
-    stats = Stats(
-        policy_calls=reader.calls,
-        reward_calls=rewards.calls if rewards else 0,
-        tokens_computed=total(lambda r: r.trie.computed),
-        tokens_cached=total(lambda r: r.trie.cached),
-        flops=total(lambda r: r.flops),
-        seconds=time.perf_counter() - started,
-        peak_kv_bytes=total(lambda r: r.trie.peak_slots * r.trie.bytes_per_slot),
-        unshared_kv_bytes=total(lambda r: r.unshared_slots * r.trie.bytes_per_slot))
-    text = policy.tokenizer.decode(branch.tokens) if policy.tokenizer else ""
-    return Result(branch.tokens, text, branch.reward, branch.finished, stats, trace)
+    return Branch(branch.tokens + [token], reward, token in policy.config.eos_token_ids, branch)
 
 
 SEARCHES = {"none": none, "best_of_n": best_of_n, "saffron": saffron}

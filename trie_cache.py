@@ -16,19 +16,23 @@ gives its slots back, and they are used again.
 """
 
 import heapq
+import math
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from model import BadInput
 
 
 class TrieNode:
     """One token after its parent's prefix."""
-    __slots__ = ("slot", "children")
+    __slots__ = ("token", "slot", "depth", "parent", "children")
 
-    def __init__(self, slot):
-        self.slot = slot                # its row in the arena
-        self.children = {}              # token -> TrieNode
+    def __init__(self, token, slot, parent):
+        self.token, self.slot, self.parent = token, slot, parent
+        self.depth = parent.depth + 1 if parent else 0      # tokens in the prefix
+        self.children = {}                                  # token -> TrieNode
 
 
 class TrieCache:
@@ -38,6 +42,14 @@ class TrieCache:
         hidden = trie(sequences)        # list of token lists -> (n, d): the final hidden state of each last token
         trie.retain(sequences)          # forget all that none of these sequences needs
 
+    A search, which goes on from where it was, holds nodes instead of whole sequences, and so never walks a path again:
+
+        node = trie.insert(trie.root, prompt)       # new nodes wait for the next forward pass
+        compute(model, [trie])                      # one pass over all that waits, here or in several tries
+        hidden = trie.states([node])                # (1, d)
+        child = trie.insert(node, [token])
+        trie.keep({child})
+
     `computed` counts tokens that went through the model, `cached` all others of the requested sequences (computed
     before, or for another sequence of the same call), `attended` the keys on the paths of computed tokens, themselves
     included (masked ones do not count), `peak_slots` the most slots in use.
@@ -45,17 +57,18 @@ class TrieCache:
 
     def __init__(self, model, capacity=256):
         self.model = model
-        self.root = TrieNode(slot=None)         # the empty prefix: no token, no slot
+        self.root = TrieNode(None, None, None)  # the empty prefix: no token, no slot
+        self.waiting = []                       # nodes that no forward pass has read yet
+        self.leaves = set()                     # nodes without children
         self.free, self.used = [], 0            # slots given back (a heap), and how many were ever handed out
-        self.slots = None                       # where the pass under way writes its keys, see `compute`
         self.computed = self.cached = self.attended = self.peak_slots = 0
         config = model.config
         like = dict(dtype=model.dtype, device=model.device)
         self.arena = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, capacity, config.head_dim,
                                  **like)        # (layers, keys and values, kv_heads, slots, head_dim)
         self.hidden = torch.zeros(capacity, config.hidden_size, **like)         # (slots, d), after the last norm
+        self.visible = np.zeros((capacity, capacity), dtype=bool)               # [i, j]: may slot i look at slot j
 
-    @torch.no_grad()
     def __call__(self, sequences):
         """Final hidden states of the last tokens of n sequences (token lists): (n, d).
 
@@ -66,83 +79,113 @@ class TrieCache:
         for sequence in sequences:
             if not 1 <= len(sequence) <= limit:
                 raise BadInput(f"a sequence of {len(sequence)} tokens: {self.model.config.name} reads 1 to {limit}")
-        tokens, positions, branches, last = [], [], [], []
-        for sequence in sequences:
-            node, path, start = self.root, [], len(tokens)          # path: the slots from the root to here
-            for token in sequence:
-                child = node.children.get(token)
-                if child is None:
-                    child = node.children[token] = TrieNode(self.take_slot())
-                    tokens.append(token)
-                    positions.append(len(path))
-                node = child
-                path.append(node.slot)
-            if len(tokens) > start:
-                branches.append((start, len(tokens), path))
-            last.append(node.slot)
-        self.cached += sum(map(len, sequences)) - len(tokens)
-        if tokens:
-            self.compute(tokens, positions, branches)
-        return self.hidden[last]                                                # (n, d)
+        nodes = [self.insert(self.root, sequence) for sequence in sequences]
+        compute(self.model, [self])
+        return self.states(nodes)
 
-    def compute(self, tokens, positions, branches):
-        """One forward pass over n new tokens, given as a flat list. A branch (start, end, path) says that tokens
-        start..end are the last ones of the path of slots."""
-        n, device = len(tokens), self.model.device
-        mask = torch.zeros(n, self.used, dtype=torch.bool)                      # (n, slots): who may look where
-        self.slots = torch.empty(n, dtype=torch.long)                           # (n,): where new keys are written
-        for start, end, path in branches:
-            path = torch.tensor(path)
-            known, new = path[:start - end], path[start - end:]
-            mask[start:end, known] = True
-            mask[torch.arange(start, end)[:, None], new] = torch.ones(len(new), len(new), dtype=torch.bool).tril()
-            self.slots[start:end] = new
-        self.slots = self.slots.to(device)
-        self.computed += n
-        self.attended += sum(positions) + n
-        self.hidden[self.slots] = self.model(torch.tensor([tokens], device=device),
-                                             torch.tensor([positions], device=device), mask.to(device), self)[0]
+    def insert(self, node, tokens):
+        """The node that these tokens lead to from `node`. Those that are new wait for `compute`."""
+        new = 0
+        for token in tokens:
+            child = node.children.get(token)
+            if child is None:
+                child = node.children[token] = TrieNode(token, self.take_slot(), node)
+                # A token sees what its parent sees, and itself.
+                self.visible[child.slot] = self.visible[node.slot] if node.slot is not None else False
+                self.visible[child.slot, child.slot] = True
+                self.waiting.append(child)
+                self.leaves.discard(node)
+                new += 1
+            node = child
+        if new:
+            self.leaves.add(node)
+        self.cached += node.depth - new
+        return node
 
-    def update(self, layer, k, v):
-        """Called by each attention layer: store k and v of the new tokens, (1, kv_heads, n, head_dim) each, and
-        return those of all slots, (1, kv_heads, slots, head_dim) each."""
-        arena = self.arena[layer]
-        arena[0, :, self.slots], arena[1, :, self.slots] = k[0], v[0]
-        return arena[0, None, :, :self.used], arena[1, None, :, :self.used]
+    def states(self, nodes):
+        """Final hidden states of n computed nodes: (n, d)."""
+        return self.hidden[[node.slot for node in nodes]]
+
+    def attend(self, layer, q, k, v):
+        """Attention of the n waiting tokens in one layer: store their keys and values, then let each look at its path.
+        q: (1, heads, n, head_dim), k and v: (1, kv_heads, n, head_dim), result: (1, heads, n, head_dim)."""
+        arena = self.arena[layer]                                               # (2, kv_heads, slots, head_dim)
+        arena[:, :, self.slots] = torch.cat((k, v))
+        keys, values = arena[:, None, :, :self.used]                            # (1, kv_heads, used, head_dim) each
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True)
 
     def take_slot(self):
-        """The lowest free slot; when none is left, the arena doubles."""
+        """The lowest free slot; when none is left, all tensors double."""
         if self.free:
             slot = heapq.heappop(self.free)
         else:
             slot, self.used = self.used, self.used + 1
-            if self.used > self.arena.shape[3]:
+            if self.used > len(self.hidden):
                 self.arena = torch.cat((self.arena, torch.zeros_like(self.arena)), dim=3)
                 self.hidden = torch.cat((self.hidden, torch.zeros_like(self.hidden)), dim=0)
+                self.visible = np.pad(self.visible, (0, slot))
         self.peak_slots = max(self.peak_slots, self.used - len(self.free))
         return slot
 
     def retain(self, sequences):
         """Forget every node that is on none of these sequences' paths, and give its slot back."""
-        needed = set()
+        nodes = set()
         for sequence in sequences:
             node = self.root
             for token in sequence:
-                node = node.children.get(token)
-                if node is None:
+                if token not in node.children:
                     break
-                needed.add(node.slot)
-        stack = [self.root]
-        while stack:
-            node = stack.pop()
-            for token, child in list(node.children.items()):
-                stack.append(child)                     # below a forgotten node, all are forgotten
-                if child.slot not in needed:
-                    heapq.heappush(self.free, child.slot)
-                    if node.slot is None or node.slot in needed:
-                        del node.children[token]
+                node = node.children[token]
+            nodes.add(node)
+        self.keep(nodes)
+
+    def keep(self, nodes):
+        """Forget every node that is neither in this set nor above one of it, and give its slot back: from each other
+        leaf upwards, as far as nothing else hangs on the path."""
+        for node in self.leaves - nodes:
+            self.leaves.remove(node)
+            while node is not self.root and not node.children and node not in nodes:
+                heapq.heappush(self.free, node.slot)
+                del node.parent.children[node.token]
+                node = node.parent
+            if node in nodes and not node.children:
+                self.leaves.add(node)
 
     @property
     def bytes_per_slot(self):
         """Bytes of keys and values that one token takes, in all layers together."""
         return self.arena[:, :, :, 0].nbytes
+
+
+class Pass:
+    """The cache of a forward pass over the waiting tokens of several tries, one trie's after another's: each token
+    looks at its own trie."""
+
+    def __init__(self, tries):
+        self.tries, self.sizes = tries, [len(trie.waiting) for trie in tries]
+
+    def attend(self, layer, q, k, v):
+        parts = zip(self.tries, *(x.split(self.sizes, dim=2) for x in (q, k, v)))
+        return torch.cat([trie.attend(layer, *part) for trie, *part in parts], dim=2)
+
+
+@torch.no_grad()
+def compute(model, tries):
+    """One forward pass over all waiting tokens of these tries. model: their Llama, or what reads for the Llamas of all
+    of them (mrm.Backbone)."""
+    tries = [trie for trie in tries if trie.waiting]
+    if not tries:
+        return
+    nodes = [node for trie in tries for node in trie.waiting]
+    for trie in tries:
+        slots = [node.slot for node in trie.waiting]
+        trie.slots = torch.tensor(slots, device=model.device)                   # (n,): where new keys are written
+        hidden_from = torch.from_numpy(~trie.visible[slots, :trie.used]).to(model.device)
+        trie.mask = torch.zeros_like(hidden_from, dtype=model.dtype).masked_fill_(hidden_from, -math.inf)   # (n, used)
+    row = lambda values: torch.tensor([values], device=model.device)            # (1, n)
+    hidden = model(row([node.token for node in nodes]), row([node.depth - 1 for node in nodes]), Pass(tries))[0]
+    for trie, h in zip(tries, hidden.split([len(trie.waiting) for trie in tries])):
+        trie.hidden[trie.slots] = h
+        trie.computed += len(trie.waiting)
+        trie.attended += sum(node.depth for node in trie.waiting)
+        trie.waiting = []

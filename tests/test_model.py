@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
-from model import BadInput, Llama, LlamaConfig, Tokenizer, rotary_frequencies, rotate
+from model import BadInput, Linear, Llama, LlamaConfig, Tokenizer, rotary_frequencies, rotate
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12,
           "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
@@ -53,6 +53,21 @@ def test_rope_depends_on_relative_position_only():
     q, k = torch.randn(2, 8, dtype=torch.float64)
     for shift in (1, 30, 400):
         assert torch.allclose(turn(q, 7) @ turn(k, 2), turn(q, 7 + shift) @ turn(k, 2 + shift), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("rows", [1, 2, 7, 100])
+def test_a_packed_weight_gives_the_same_product(dtype, tolerance, rows):
+    """Also after the weight has changed, and not where a gradient is asked for."""
+    torch.manual_seed(0)
+    linear, x = Linear(48, 80).to(dtype), torch.randn(1, rows, 48, dtype=dtype)
+    for _ in range(2):
+        with torch.no_grad():
+            expected = (x.double() @ linear.weight.double().T).to(dtype)
+            torch.testing.assert_close(linear(x), expected, atol=tolerance, rtol=tolerance)
+            linear.weight.normal_()
+    linear(x).sum().backward()
+    assert linear.weight.grad.abs().sum() > 0
 
 
 def test_no_token_sees_the_future(tiny_policy):

@@ -1,5 +1,6 @@
 """Reward models: the loss is partial supervision, only the adapter learns, M_cons forbids, adapters fit or are refused."""
 
+import copy
 import json
 import math
 import shutil
@@ -11,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model import BadInput, Llama, LlamaConfig, Template
-from mrm import (MRM, Guard, LoRALinear, add_lora, load_adapter, load_released_mrm, merge_lora,
-                 partial_supervision_loss, save_adapter, trained_tensors)
+from mrm import (MRM, Backbone, Guard, LoRALinear, add_lora, load_adapter, load_released_mrm, partial_supervision_loss,
+                 save_adapter, trained_tensors)
+from trie_cache import TrieCache, compute
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -62,20 +64,37 @@ def test_gradient_touches_the_adapter_only(new_mrm):
 
 
 def test_lora_starts_at_the_base_model_and_shares_its_weights(tiny_guard):
-    copy = add_lora(tiny_guard, 4, 8, TARGETS, first_layer=1)
+    lora = add_lora(tiny_guard, 4, 8, TARGETS, first_layer=1)
     tokens = torch.arange(10)[None]
-    assert torch.equal(copy(tokens), tiny_guard(tokens))                # B = 0
-    assert copy.model.embed_tokens.weight is tiny_guard.model.embed_tokens.weight
-    assert [sum(isinstance(m, LoRALinear) for m in block.modules()) for block in copy.model.layers] == [0, 2]
+    assert torch.equal(lora(tokens), tiny_guard(tokens))                # B = 0
+    assert lora.model.embed_tokens.weight is tiny_guard.model.embed_tokens.weight
+    assert [sum(isinstance(m, LoRALinear) for m in block.modules()) for block in lora.model.layers] == [0, 2]
     assert not any(isinstance(m, LoRALinear) for m in tiny_guard.modules())
 
 
-def test_merging_changes_nothing_but_the_speed(new_mrm):
+def test_lora_is_a_change_of_the_weight(tiny_guard, new_mrm):
+    """W + (alpha / r) B A, written into a model that has no LoRA, gives the same states."""
+    plain = copy.deepcopy(tiny_guard)
+    for block, adapted in zip(plain.model.layers, new_mrm.llama.model.layers):
+        for name in TARGETS:
+            lora = getattr(adapted.self_attn, name)
+            getattr(block.self_attn, name).weight.data += 8 / 4 * lora.lora_B @ lora.lora_A
     tokens = torch.arange(10)[None]
-    before = new_mrm.llama(tokens)
-    merge_lora(new_mrm.llama)
-    torch.testing.assert_close(new_mrm.llama(tokens), before, atol=1e-12, rtol=0)
-    assert not any(isinstance(m, LoRALinear) for m in new_mrm.modules())
+    torch.testing.assert_close(new_mrm.llama(tokens), plain(tokens), atol=1e-12, rtol=0)
+    assert not torch.allclose(plain(tokens), tiny_guard(tokens))
+
+
+def test_one_pass_of_a_backbone_reads_for_all(tiny_guard, new_mrm, new_guard):
+    """Base model, MRM and guard, with LoRA of other ranks in other layers: the states of each alone."""
+    other = randomized(Guard(add_lora(tiny_guard, 2, 5, ["gate_proj", "o_proj"]), None), seed=1)
+    llamas = [tiny_guard, new_mrm.llama, new_guard.llama, other.llama]
+    tries = [TrieCache(llama) for llama in llamas + llamas[1:2]]
+    sequences = [[5, 6, 7, 8], [5, 6, 9], [1], [2, 3], [4, 4, 4]]
+    nodes = [trie.insert(trie.root, sequence) for trie, sequence in zip(tries, sequences)]
+    compute(Backbone(llamas), tries)
+    for trie, node, sequence in zip(tries, nodes, sequences):
+        expected = trie.model(torch.tensor([sequence]))[:, -1]
+        torch.testing.assert_close(trie.states([node]), expected, atol=1e-12, rtol=0)
 
 
 def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
@@ -86,7 +105,6 @@ def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
 
 
 def test_one_pass_of_the_guard_scores_every_prefix(new_guard):
-    from trie_cache import TrieCache
     tokens = [5, 6, 7, 8, 9]
     every = new_guard.rewards(new_guard.llama(torch.tensor([tokens]))[0])
     each = new_guard.score(TrieCache(new_guard.llama), [tokens[:i + 1] for i in range(5)])
@@ -215,7 +233,7 @@ def test_the_released_weights(public_data):
         p.data.zero_()
     mrm = load_released_mrm(folder, llama, Template([128000, 271, 1502, 25], [271, 17230, 25]))
     assert int((~mrm.unseen).sum()) == 36_243 and mrm.bias.isfinite().all() and mrm.bias.abs().sum() > 0
-    assert all(block.self_attn.q_proj.weight.abs().sum() > 0 for block in mrm.llama.model.layers)   # LoRA merged in
+    assert all(block.self_attn.q_proj.lora_B.abs().sum() > 0 for block in mrm.llama.model.layers)
 
 
 def test_the_committed_mrm_can_end_a_reply(mrm):

@@ -1,5 +1,6 @@
 """saffron walks through the frontiers of the paper's own code; every search keeps its promises and counts its costs."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import BadInput, Prompt, Template
-from mrm import Guard
+from mrm import MRM, Guard, add_lora, same_base, trained_tensors
 from search import SEARCHES, best_of_n, candidates, none, nucleus, saffron
 from trie_cache import TrieCache
 
@@ -82,11 +83,13 @@ def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, t
 
 
 def test_candidates_of_an_unseen_nucleus():
-    logits = torch.tensor([5.0, 4.0, 1.0, 2.0])
-    m_cons = torch.tensor([-math.inf, -math.inf, 0.5, -3.0])
-    assert list(candidates(logits, m_cons, 0.9, 1.0)) == [(3, -3.0)]                # the most likely seen one
-    assert list(candidates(logits, m_cons, 0.9, 0.0)) == [(3, -3.0)]                # also when the policy is greedy
-    assert list(candidates(logits, m_cons, 1.0, 1.0)) == [(3, -3.0), (2, 0.5)]      # most likely first
+    """Of two sequences: the first one's nucleus is unseen at top_p 0.9, the second one's is not."""
+    logits = torch.tensor([[5.0, 4.0, 1.0, 2.0], [1.0, 5.0, 6.0, 1.0]])
+    unseen = torch.tensor([True, True, False, False])
+    of = lambda top_p, temperature: [x.tolist() for x in candidates(logits, unseen, top_p, temperature)]
+    assert of(0.9, 1.0) == [[0, 1], [3, 2]]                                         # the most likely seen one
+    assert of(0.9, 0.0) == [[0, 1], [3, 2]]                                         # also when the policy is greedy
+    assert of(1.0, 1.0) == [[0, 0, 1, 1], [3, 2, 2, 3]]                             # most likely first
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -221,3 +224,51 @@ def test_two_vocabularies_are_refused(tiny_policy, smollm2):
     mrm = Guard(smollm2, Template([1], []))
     with pytest.raises(BadInput, match="tiny_policy.*SmolLM2.*different vocabularies"):
         best_of_n(tiny_policy, mrm, Prompt([1]))
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_prompts_side_by_side_are_searched_as_if_alone(method, tiny_policy, tiny_mrm, tiny_scalar_guard, monkeypatch):
+    """The same replies, rewards, trees and costs, with prompts of other lengths beside, some of which end early."""
+    monkeypatch.setattr(tiny_policy.config, "eos_token_ids", tuple(range(0, 512, 8)))       # so that many do
+    reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
+    prompts = [Prompt([5, 6, 7], [8]), Prompt(list(range(40, 80))), Prompt([9]), Prompt([5, 6, 7], [8, 9], True)]
+    options = dict(width=3, max_new_tokens=12, min_new_tokens=2, top_p=0.95, temperature=1.0, seed=3)
+    together = SEARCHES[method](tiny_policy, reward_model, prompts, **options)
+    assert len({len(r.tokens) for r in together}) > 1 and len(together) == 4
+    for prompt, got in zip(prompts, together):
+        alone = SEARCHES[method](tiny_policy, reward_model, prompt, **options)
+        frontiers = lambda r: [[b.tokens for b in frontier] for frontier in r.trace]
+        assert (got.tokens, got.finished, frontiers(got)) == (alone.tokens, alone.finished, frontiers(alone))
+        assert got.reward == (None if method == "none" else pytest.approx(alone.reward, abs=1e-9))
+        got.stats.seconds = alone.stats.seconds
+        assert got.stats == alone.stats
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_one_backbone_for_both_readers_changes_nothing(tiny_policy, beta):
+    """An MRM that is LoRA on the policy's own weights, read in the policy's forward pass, against the same on a copy of
+    the weights, read in a pass of its own."""
+    policy, prompts = tiny_policy, [Prompt([5, 6, 7], [8]), Prompt([9] * 20)]
+    mrms = []
+    for base in (policy, copy.deepcopy(policy)):
+        torch.manual_seed(0)
+        mrm = MRM(add_lora(base, 3, 6, ["q_proj", "o_proj", "down_proj"], first_layer=1), Template([1, 2], [3]))
+        for name, p in trained_tensors(mrm).items():
+            if name != "unseen":
+                torch.nn.init.normal_(p, std=0.3)
+        mrms.append(mrm)
+    assert same_base(policy, mrms[0].llama) and not same_base(policy, mrms[1].llama)
+    shared, apart = [saffron(policy, mrm, prompts, width=4, max_new_tokens=10, min_new_tokens=3, beta=beta) for mrm in mrms]
+    for one, two in zip(shared, apart):
+        assert one.tokens == two.tokens and one.reward == pytest.approx(two.reward, abs=1e-9)
+        assert [[b.tokens for b in f] for f in one.trace] == [[b.tokens for b in f] for f in two.trace]
+        one.stats.seconds = two.stats.seconds
+        assert one.stats == two.stats
+
+
+def test_a_frontier_is_read_without_walking_its_past(tiny_policy, tiny_mrm, monkeypatch):
+    """After the prompt, each step inserts one token a branch, whatever the length."""
+    lengths, insert = [], TrieCache.insert
+    monkeypatch.setattr(TrieCache, "insert", lambda self, node, tokens: lengths.append(len(tokens)) or insert(self, node, tokens))
+    saffron(tiny_policy, tiny_mrm, Prompt([1] * 50), width=3, max_new_tokens=10, min_new_tokens=10)
+    assert all(n > 50 for n in lengths[:2]) and set(lengths[2:]) == {1}
