@@ -199,8 +199,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 def rotate(x, cos, sin):
@@ -216,6 +215,7 @@ class Attention(nn.Module):
         super().__init__()
         d, h = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, h
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = Linear(d, config.num_attention_heads * h)
         self.k_proj = Linear(d, config.num_key_value_heads * h)
         self.v_proj = Linear(d, config.num_key_value_heads * h)
@@ -223,8 +223,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache):                                      # x: (B, T, d)
         split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-        q = rotate(split(self.q_proj(x)), cos, sin)
-        k = rotate(split(self.k_proj(x)), cos, sin)
+        qk = rotate(split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)), cos, sin)
+        q, k = qk.split((self.heads, self.kv_heads), dim=1)
         v = split(self.v_proj(x))
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -70,9 +70,11 @@ def add_lora(llama, rank, alpha, targets, first_layer=0):
     return llama
 
 
-def shallow_copy(llama):
-    """New modules around the very same tensors and tokenizer."""
-    return copy.deepcopy(llama, {id(x): x for x in [*llama.parameters(), llama.tokenizer]})
+def shallow_copy(module):
+    """New modules around the very same tensors: one can be replaced without a change to the original."""
+    new = copy.copy(module)
+    new._modules = {name: shallow_copy(child) for name, child in module._modules.items()}
+    return new
 
 
 def part_of(block, name):
