@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import BadInput, Llama, Parser
+from model import DTYPES, BadInput, Llama, Parser
 from mrm import load_mrm
 from sample import DEFAULT, PROMPT, prepare_default_weights
 from search import Branch, candidates, extend, next_logits, saffron
@@ -184,7 +184,7 @@ def main():
     add("--out", type=Path, metavar="FILE", help="write the table as JSON too")
     add("--policy", default=DEFAULT, metavar="DIR")
     add("--mrm", default=DEFAULT / "mrm.safetensors", metavar="PATH")
-    add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
+    add("--dtype", choices=DTYPES, default="float32")
     add("--device", default="cpu")
     args = parser.parse_args()
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):

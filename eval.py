@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import BadInput, Parser, read_json, read_jsonl
+from model import DTYPES, BadInput, Parser, read_json, read_jsonl
 from sample import DEFAULT, load_models
 from search import SEARCHES
 from trie_cache import TrieCache
@@ -126,7 +126,7 @@ def main():
     for name, path in (("policy", ""), ("mrm_base", ""), ("mrm", "mrm.safetensors"), ("guard", "guard.safetensors")):
         add(f"--{name}", default=DEFAULT / path)
     add("--device", default="cpu")
-    add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
+    add("--dtype", choices=DTYPES, default="float32")
     args = parser.parse_args()
     for name, least in (("limit", 1), ("prefill_tokens", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:

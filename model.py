@@ -34,6 +34,17 @@ class BadInput(ValueError):
     """Something the user gave (a file, an argument, a prompt) cannot be used. Command lines print it and exit 2."""
 
 
+DTYPES = ["float32", "float64", "bfloat16", "float16"]      # what --dtype takes
+
+
+def at_least_1(text):
+    """For argparse: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
@@ -320,8 +331,8 @@ class Llama(nn.Module):
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, NotImplementedError):
-            raise BadInput(f"device {device!r} cannot be used here; cpu always can, cuda or mps on some "
-                           "machines") from None
+            raise BadInput(f"device {device!r} cannot be used on this machine: cpu always can, cuda where torch finds "
+                           "such a processor") from None
         folder = Path(folder)
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder; expected one with config.json and model.safetensors")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from model import BadInput, Llama, Parser
+from model import DTYPES, BadInput, Llama, Parser
 from mrm import load_adapter, load_mrm
 from search import SEARCHES, check_vocabulary
 from trie_cache import TrieCache
@@ -50,7 +50,7 @@ def parse_arguments():
     add("--mrm_base", default=DEFAULT, metavar="DIR", help="the Llama that MRM and guard are adapters of")
     add("--guard", default=DEFAULT / "guard.safetensors", metavar="PATH", help="the adapter that judges replies")
     add("--device", default="cpu")
-    add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32")
+    add("--dtype", choices=DTYPES, default="float32")
     add("--compare", action="store_true", help="all methods, one after another")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--trace", action="store_true", help="show the tree of surviving branches; with --json: all frontiers")

@@ -4,10 +4,13 @@ Train a reward model: the guard on labelled replies, or the MRM on the rewards t
     python train_mrm.py --objective guard --data data/safety_labels  --out data/smollm2/guard.safetensors
     python train_mrm.py --objective mrm   --data data/safety_rewards --out data/smollm2/mrm.safetensors
 
+    torchrun --nproc_per_node 4 train_mrm.py --device cuda ...        the same run, each batch shared by four processes
+
 Only LoRA and the small head are trained (mrm.py). Each validation also writes a checkpoint beside --out, from which
 --resume goes on, on a CPU bit for bit. The log goes to stdout.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -19,9 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from model import BadInput, Llama, Parser, read_jsonl, read_tensors
+from model import BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors
 from mrm import MRM, Guard, add_lora, fill, load_adapter, partial_supervision_loss, read_metadata, save_adapter, trained_tensors
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -55,25 +61,31 @@ def read_labels(path, llama, max_prompt, max_reply):
     return examples
 
 
-def read_rewards(path, llama):
-    """(training, held-out) examples from data/safety_rewards, whose readme.md describes the file. Raises BadInput
-    when it was made with another vocabulary or template, or is incomplete."""
-    meta, template = read_metadata(path), llama.tokenizer.template("reward")
-    for what, theirs, ours in (("vocabulary", meta.get("vocabulary"), llama.tokenizer.fingerprint),
-                               ("template", meta.get("template"), [template.prefix, template.infix])):
-        if theirs != ours:
-            raise BadInput(f"{path} was made for the {what} {theirs}, but {llama.config.name} has {ours}")
-    data = dict(read_tensors(path))
-    split = lambda name, lengths: [t.tolist() for t in data[name].split(data[lengths].tolist())]
-    try:
-        sources = [meta["source_names"][i] for i in data["sources"].tolist()]
-        rows = zip(data["held_out"].tolist(), sources, split("prompts", "prompt_lengths"),
-                   split("replies", "reply_lengths"), split("rewards", "reply_lengths"))
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise BadInput(f"{path}: not a corpus of data/safety_rewards ({error})") from None
+def read_rewards(folder, llama):
+    """(training, held-out) examples from the shards of data/safety_rewards, whose readme.md describes them. Raises
+    BadInput when a shard is missing, incomplete, or made with another vocabulary, template or run than it should."""
+    template, paths = llama.tokenizer.template("reward"), sorted(Path(folder).glob("corpus-*.safetensors"))
+    metadata = [read_metadata(path) for path in paths]
+    if not paths or metadata[0].get("shards") != len(paths):
+        raise BadInput(f"{folder}: found {len(paths)} shards of a corpus, expected "
+                       f"{metadata[0].get('shards') if paths else 'some'}; data/safety_rewards/prepare.py makes them")
     training, held_out = [], []
-    for is_held_out, source, prompt, reply, rewards in rows:
-        (held_out if is_held_out else training).append(Example(source, template(prompt), reply, rewards))
+    for path, meta in zip(paths, metadata):
+        for what, theirs, ours in (("vocabulary", meta.get("vocabulary"), llama.tokenizer.fingerprint),
+                                   ("template", meta.get("template"), [template.prefix, template.infix]),
+                                   ("run", meta.get("run"), metadata[0].get("run"))):
+            if theirs != ours:
+                raise BadInput(f"{path} was made for the {what} {theirs}, but here it must be {ours}")
+        data = dict(read_tensors(path))
+        split = lambda name, lengths: [t.tolist() for t in data[name].split(data[lengths].tolist())]
+        try:
+            sources = [meta["source_names"][i] for i in data["sources"].tolist()]
+            rows = zip(data["held_out"].tolist(), sources, split("prompts", "prompt_lengths"),
+                       split("replies", "reply_lengths"), split("rewards", "reply_lengths"))
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise BadInput(f"{path}: not a shard of data/safety_rewards ({error})") from None
+        for is_held_out, source, prompt, reply, rewards in rows:
+            (held_out if is_held_out else training).append(Example(source, template(prompt), reply, rewards))
     return training, held_out
 
 
@@ -125,13 +137,13 @@ def collate(examples, device):
 def guard_loss(guard, tokens, rows, columns, targets):
     """Binary cross-entropy at every reply token; R is the log-odds of "safe"."""
     rewards = guard.rewards(guard.llama(tokens)[rows, columns])
-    return F.binary_cross_entropy_with_logits(rewards, 1 - targets)
+    return F.binary_cross_entropy_with_logits(rewards, 1 - targets.to(rewards.dtype))
 
 
 def mrm_loss(mrm, tokens, rows, columns, targets):
     """Partial supervision: the hidden state before a reply token predicts the reward after it."""
     hidden = mrm.llama(tokens)[rows, columns - 1]
-    return partial_supervision_loss(mrm, hidden, tokens[rows, columns], targets)
+    return partial_supervision_loss(mrm, hidden, tokens[rows, columns], targets.to(hidden.dtype))
 
 
 @torch.no_grad()
@@ -234,7 +246,7 @@ def load_checkpoint(path, args, reward_model, optimizer):
 
 def run_identity(args):
     """The arguments that must be equal for a run to be the same run."""
-    free = ("resume", "stop_after", "out", "device", "command", "eval_every", "eval_replies", "log_every")
+    free = ("resume", "stop_after", "out", "device", "command", "eval_every", "eval_replies", "log_every", "accumulate")
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
@@ -246,12 +258,51 @@ def load_data(args, llama):
         training, held_out = [read_labels(Path(args.data) / f"{name}.jsonl", llama, args.max_prompt, args.max_reply)
                               for name in ("train", "val")]
     else:
-        training, held_out = read_rewards(Path(args.data) / "corpus.safetensors", llama)
+        training, held_out = read_rewards(args.data, llama)
     training = weigh(training, args.weights)
     if not training or not held_out:
         raise BadInput(f"{args.data}: expected replies to train on and to validate with, "
                        f"found {len(training)} and {len(held_out)}")
     return training, held_out
+
+
+class Objective(nn.Module):
+    """The loss as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, reward_model, loss_of, args):
+        super().__init__()
+        self.reward_model, self.loss_of = reward_model, loss_of
+        self.autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    def forward(self, *batch):
+        with self.autocast:
+            return self.loss_of(self.reward_model, *batch)
+
+
+def backward(objective, examples, args):
+    """The gradient of the mean loss over all reply tokens of a batch, into which every process puts its part; returns
+    that loss. A process takes --accumulate pieces of the batch, one after another; what it computes is weighed by its
+    share of the tokens, so that neither number changes the result (but for rounding)."""
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    pieces, total = processes * args.accumulate, torch.zeros((), dtype=torch.float64, device=args.device)
+    for i in range(args.accumulate):
+        piece = examples[rank * args.accumulate + i::pieces]
+        share = sum(len(e.reply) for e in piece) / sum(len(e.reply) for e in examples)
+        # Gradients go over the wire once, after the last piece. A process without a piece computes one, for nothing.
+        last = i == args.accumulate - 1 or processes == 1
+        with contextlib.nullcontext() if last else objective.no_sync():
+            loss = share * objective(*collate(piece or examples[:1], args.device))
+            (processes * loss).backward()                       # DistributedDataParallel averages over processes
+        total += loss.detach()
+    if processes > 1:
+        dist.all_reduce(total)
+    return total.item()
+
+
+def log(text):
+    """Print, in one process of those that work together."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def train(args):
@@ -261,24 +312,28 @@ def train(args):
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:                        # before the training, not after it
         raise BadInput(f"--out {out}: its folder cannot be made ({error.strerror})") from None
-    llama = Llama.load(args.base, device=args.device)
+    llama = Llama.load(args.base, torch.float64 if args.dtype == "float64" else torch.float32, args.device)
     training, held_out = load_data(args, llama)
     loss_of, validate = (guard_loss, validate_guard) if args.objective == "guard" else (mrm_loss, validate_mrm)
+    first = not dist.is_initialized() or dist.get_rank() == 0           # the process that validates and writes
     if args.validate:
-        return print_report(f"{out}, all {len(held_out)} held-out replies",
-                            validate(load_adapter(out, llama, args.objective), held_out, args.device))
+        return log_report(f"{out}, all {len(held_out)} held-out replies",
+                          validate(load_adapter(out, llama, args.objective), held_out, args.device))
     reward_model = new_reward_model(args, llama, training)
     generator = torch.Generator().manual_seed(args.seed)
     some = [held_out[i] for i in torch.randperm(len(held_out), generator=generator)[:args.eval_replies].tolist()]
     parameters = [p for p in trained_tensors(reward_model).values() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    objective = Objective(reward_model, loss_of, args)
+    if dist.is_initialized():
+        objective = DistributedDataParallel(objective)
     checkpoint, step = out.with_name(out.name + ".checkpoint.pt"), 0
     if args.resume:
         step = load_checkpoint(checkpoint, args, reward_model, optimizer)
-    print(f"{args.objective}: {len(training)} replies, {sum(len(e.reply) for e in training)} supervised tokens, "
-          f"{sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps", flush=True)
+    log(f"{args.objective}: {len(training)} replies, {sum(len(e.reply) for e in training)} supervised tokens, "
+        f"{sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps")
     if args.objective == "mrm":
-        print(f"seen tokens: {int((~reward_model.unseen).sum())} of {len(reward_model.unseen)}", flush=True)
+        log(f"seen tokens: {int((~reward_model.unseen).sum())} of {len(reward_model.unseen)}")
 
     per_epoch = math.ceil(len(training) / args.batch_size)
     started, tokens_read, losses = time.time(), 0, []
@@ -286,45 +341,42 @@ def train(args):
         epoch, position = divmod(step, per_epoch)
         if position == 0 or not losses:             # the order is a function of seed and epoch alone
             order = batches(training, args.batch_size, args.seed + epoch)
-        batch = collate(order[position], args.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bfloat16):
-            loss = loss_of(reward_model, *batch)
-        if not loss.isfinite():
-            raise SystemExit(f"step {step}: the loss is {loss.item()}, on epoch {epoch}, batch {position}, of sources "
+        losses.append(backward(objective, order[position], args))
+        if not math.isfinite(losses[-1]):
+            raise SystemExit(f"step {step}: the loss is {losses[-1]}, on epoch {epoch}, batch {position}, of sources "
                              f"{[e.source for e in order[position]]}; nothing was saved since the last checkpoint")
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        losses.append(loss.item())
-        tokens_read += batch[0].numel()
+        tokens_read += sum(len(e.context) + len(e.reply) for e in order[position])
         if step % args.log_every == 0:
-            print(f"step {step}: loss {np.mean(losses[-args.log_every:]):.4f}, "
-                  f"{tokens_read / (time.time() - started):.0f} tokens/s", flush=True)
-        if step < args.steps and (step % args.eval_every == 0 or step == args.stop_after):
+            log(f"step {step}: loss {np.mean(losses[-args.log_every:]):.6g}, "
+                f"{tokens_read / (time.time() - started):.0f} tokens/s")
+        if first and step < args.steps and (step % args.eval_every == 0 or step == args.stop_after):
             save_checkpoint(checkpoint, args, step, reward_model, optimizer)
-            print_report(f"step {step}, {len(some)} held-out replies", validate(reward_model, some, args.device))
-    if step < args.steps:                           # --stop_after
+            log_report(f"step {step}, {len(some)} held-out replies", validate(reward_model, some, args.device))
+    if step < args.steps or not first:              # --stop_after
         return
     save_adapter(reward_model, out, args.rank, args.alpha, args.targets.split(","), args.first_layer, args.command)
-    print(f"wrote {out} after {time.time() - started:.0f} s", flush=True)
-    print_report(f"as written, all {len(held_out)} held-out replies",
-                 validate(load_adapter(out, llama, args.objective), held_out, args.device))
+    log(f"wrote {out} after {time.time() - started:.0f} s")
+    log_report(f"as written, all {len(held_out)} held-out replies",
+               validate(load_adapter(out, llama, args.objective), held_out, args.device))
     checkpoint.unlink(missing_ok=True)
 
 
-def print_report(title, report):
-    print(f"{title}: " + ", ".join(f"{key} {value:.4f}" for key, value in report.items()), flush=True)
+def log_report(title, report):
+    log(f"{title}: " + ", ".join(f"{key} {value:.4f}" for key, value in report.items()))
 
 
-def at_least_1(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def join_processes(args):
+    """Under torchrun: meet the other processes, each on a processor of its own where they compute on CUDA."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
 
 
 def weights(text):
@@ -354,7 +406,9 @@ def main():
     add("--max_reply", type=at_least_1, default=64, help="guard: tokens kept of a reply, the first ones")
     add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
     add("--min_count", type=int, default=1, help="MRM: a token counts as seen from so many occurrences on")
-    add("--bfloat16", action="store_true", help="matrix products in bfloat16: much faster where the hardware has them")
+    add("--accumulate", type=at_least_1, default=1, help="pieces that a process cuts its part of a batch into: less memory")
+    add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32",
+        help="bfloat16: products in it, weights in float32; much faster where the hardware multiplies in bfloat16")
     add("--eval_every", type=at_least_1, default=200)
     add("--eval_replies", type=at_least_1, default=400, help="replies of each validation but the last")
     add("--log_every", type=at_least_1, default=20)
@@ -365,6 +419,7 @@ def main():
     add("--device", default="cpu")
     args = parser.parse_args()
     args.command = "python " + shlex.join(["train_mrm.py", *sys.argv[1:]])
+    join_processes(args)
     train(args)
 
 
@@ -374,5 +429,11 @@ if __name__ == "__main__":
     except BadInput as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        reason = str(error).strip().splitlines()[0]
+        sys.exit(f"process {dist.get_rank()} of {dist.get_world_size()} stops: {reason}\nWhere this says that a connection "
+                 "was closed, another process has died. --resume goes on from the last checkpoint.")
     except KeyboardInterrupt:
         sys.exit(130)

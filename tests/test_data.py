@@ -1,5 +1,6 @@
 """The default weights are exactly the published ones; what is held out stays out."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -8,7 +9,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SMOLLM2, run_script
+from safetensors.torch import load_file
+
+from mrm import read_metadata
+from train_mrm import read_rewards
 
 
 def script(name):
@@ -190,32 +196,58 @@ def test_the_policys_own_replies(smollm2):
         assert row["reply"][prefill] == turn[0]
 
 
-def test_an_interrupted_collection_goes_on_to_the_same(tmp_path):
-    from model import BadInput
-    collect = script("safety_rewards").collect
-    make = lambda requests, batch: [{"reply": [batch, *requests]}]
-    rows = collect(tmp_path / "rows.jsonl", {"seed": 0}, list(range(20)), 4, make)
-    assert [r["reply"][0] for r in rows] == [0, 1, 2, 3]
-    assert sorted(rows[0]["reply"][1:] + rows[1]["reply"][1:] + rows[2]["reply"][1:5]) == list(range(20))
-    path, whole = tmp_path / "again.jsonl", (tmp_path / "rows.jsonl").read_bytes()
-    for cut in (0, 5, 70, 120, len(whole) - 1):                         # killed in the middle of a line
-        path.write_bytes(whole[:cut])
-        assert collect(path, {"seed": 0}, list(range(20)), 4, make) == rows
-        assert path.read_bytes() == whole
-    assert collect(path, {"seed": 0}, list(range(20)), 2, make) == rows[:2]
-    with pytest.raises(BadInput, match="delete it"):
-        collect(path, {"seed": 1}, list(range(20)), 4, make)
+@pytest.fixture(scope="module")
+def small_corpus(smollm2_folder, tmp_path_factory):
+    """Runs data/safety_rewards/prepare.py on a few made-up dialogues and requests: small_corpus(out, options, start)."""
+    folder = tmp_path_factory.mktemp("sources")
+    path = folder / "hh_rlhf" / "harmless-base" / "test.jsonl.gz"
+    path.parent.mkdir(parents=True)
+    turns = [f"\n\nHuman: Question {i}?\n\nAssistant: Answer {i}." for i in range(12)]
+    path.write_bytes(gzip.compress("\n".join(json.dumps({"chosen": t, "rejected": t}) for t in turns).encode()))
+    labels = [{"source": "advbench", "prompt": f"Request {i}", "response": "Sure, here is", "unsafe": 1} for i in range(10)]
+    labels.append({"source": "turned", "prompt": "Request 1", "prefill": "Sure", "response": " I'm sorry, but", "unsafe": 0})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+
+    def make(out, *options, start=()):
+        out.mkdir(exist_ok=True)
+        return run_script(*start, ROOT / "data" / "safety_rewards" / "prepare.py", "--from", folder, "--labels",
+                          folder / "train.jsonl", "--out", out, "--hh_replies", 10, "--policy_batches", 2,
+                          "--refused_batches", 1, "--max_reply", 7, "--shards", 3, *options)
+    return make
 
 
-def test_a_corpus_comes_back_as_written(smollm2, guard, tmp_path):
-    from types import SimpleNamespace
+def contents(folder):
+    """Tensors and metadata of each file. (The order of safetensors' metadata in a file is not specified.)"""
+    values = lambda path: {name: tensor.tolist() for name, tensor in load_file(path).items()}
+    return {path.name: (values(path), read_metadata(path)) for path in folder.iterdir()}
 
-    from train_mrm import read_rewards
-    rewards = script("safety_rewards")
-    rows = [{"source": i % 3, "prompt": [50 + i], "reply": [60 + i] * (i + 1), "held_out": i == 2} for i in range(4)]
-    values = [np.arange(i + 1, dtype="float32") - i for i in range(4)]
-    rewards.write_corpus(tmp_path / "corpus.safetensors", rows, values, guard, SimpleNamespace(guard="g"))
-    training, held_out = read_rewards(tmp_path / "corpus.safetensors", smollm2)
-    assert [e.reply for e in training] == [[60], [61, 61], [63] * 4] and [e.reply for e in held_out] == [[62] * 3]
-    assert training[1].targets == [-1.0, 0.0] and training[1].source == "policy, nucleus"
-    assert training[1].context == guard.template([51])
+
+def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_path):
+    """The same replies; and the shards hold the guard's rewards of them."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    status, log, error = small_corpus(one)
+    assert status == 0, error
+    assert small_corpus(two, start=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))[0] == 0
+    assert set(contents(one)) == {f"corpus-0{k}-of-03.safetensors" for k in range(3)}
+    both = [training + held_out for training, held_out in (read_rewards(one, smollm2), read_rewards(two, smollm2))]
+    assert [len(examples) for examples in both] == [10 + 3 * 32] * 2 and log.count("policy, refused: 32 replies") == 1
+    for ours, theirs in zip(*both):
+        assert (ours.source, ours.context, ours.reply) == (theirs.source, theirs.context, theirs.reply)
+        assert ours.targets == pytest.approx(theirs.targets, abs=1e-3)      # another number of threads rounds otherwise
+    for example in both[0][::20]:
+        hidden = guard.llama(torch.tensor([example.context + example.reply]))[0, len(example.context):]
+        assert guard.rewards(hidden).tolist() == pytest.approx(example.targets, abs=1e-2)
+
+
+def test_only_missing_shards_are_made(small_corpus, tmp_path):
+    out = tmp_path / "corpus"
+    small_corpus(out)
+    whole, first = contents(out), "corpus-00-of-03.safetensors"
+    (out / "corpus-01-of-03.safetensors").unlink()
+    (out / "corpus-02-of-03.safetensors").rename(out / "corpus-02-of-03.safetensors.partial")       # as if killed there
+    before = (out / first).stat().st_mtime_ns
+    status, log, _ = small_corpus(out)
+    assert status == 0 and contents(out) == whole and (out / first).stat().st_mtime_ns == before
+    assert log.count("is there already") == 1
+    status, _, error = small_corpus(out, "--seed", 1)
+    assert status == 2 and "is of a run" in error and "delete it" in error and contents(out) == whole

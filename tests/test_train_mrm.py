@@ -2,19 +2,25 @@
 
 import base64
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run_script
+from conftest import GOLDEN, ROOT, run_script
 from safetensors.torch import load_file, save_file
 
 import train_mrm
 from model import BadInput, Llama
-from train_mrm import Example, auc, batches, collate, guard_loss, mrm_loss, predictions, read_labels, weigh
+from train_mrm import (Example, auc, batches, collate, guard_loss, mrm_loss, predictions, read_labels, read_rewards,
+                       weigh)
 
+SHARD = "corpus-00-of-01.safetensors"
 TEMPLATES = {"chat": {"prefix": "<s>", "infix": "\n"}, "reward": {"prefix": "<s>\n\nUser:", "infix": "\n\nAgent:"}}
 
 
@@ -55,8 +61,15 @@ def rewards(tmp_path_factory, base):
     vocabulary = Llama.load(base).tokenizer.fingerprint
     template = Llama.load(base).tokenizer.template("reward")
     metadata = {"vocabulary": vocabulary, "source_names": ["made"], "template": [template.prefix, template.infix]}
-    save_file(tensors, folder / "corpus.safetensors", metadata={k: json.dumps(v) for k, v in metadata.items()})
+    metadata |= {"shards": 1, "run": {"seed": 0}}
+    save_file(tensors, folder / SHARD, metadata={k: json.dumps(v) for k, v in metadata.items()})
     return folder
+
+
+def copy_shard(source, target, tensors=None, **changes):
+    """A shard with other tensors or metadata."""
+    meta = train_mrm.read_metadata(source) | changes
+    save_file(tensors or load_file(source), target, metadata={k: json.dumps(v) for k, v in meta.items()})
 
 
 def run(monkeypatch, *options):
@@ -69,7 +82,7 @@ def options(objective, data, base, out, steps=60):
             "--first_layer", 0, "--batch_size", 6, "--lr", 0.02, "--eval_every", 20, "--log_every", 20]
 
 
-@pytest.mark.parametrize("objective, precision", [("guard", []), ("mrm", []), ("mrm", ["--bfloat16"])])
+@pytest.mark.parametrize("objective, precision", [("guard", []), ("mrm", []), ("mrm", ["--dtype", "bfloat16"])])
 def test_training_learns_and_resumes_bit_for_bit(objective, precision, request, base, tmp_path, monkeypatch, capsys):
     data = request.getfixturevalue("labels" if objective == "guard" else "rewards")
     run(monkeypatch, *options(objective, data, base, tmp_path / "one.safetensors"), *precision)
@@ -108,10 +121,9 @@ def test_resume_refuses_the_checkpoint_of_another_run(labels, base, tmp_path, mo
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(rewards, base, tmp_path, monkeypatch):
-    data = load_file(rewards / "corpus.safetensors")
+    data = load_file(rewards / SHARD)
     data["rewards"][:] = float("nan")
-    meta = train_mrm.read_metadata(rewards / "corpus.safetensors")
-    save_file(data, tmp_path / "corpus.safetensors", metadata={k: json.dumps(v) for k, v in meta.items()})
+    copy_shard(rewards / SHARD, tmp_path / SHARD, data)
     with pytest.raises(SystemExit, match="step 0.*nan.*batch 0.*made"):
         run(monkeypatch, *options("mrm", tmp_path, base, tmp_path / "m.safetensors"))
     assert not (tmp_path / "m.safetensors").exists()
@@ -120,6 +132,73 @@ def test_a_loss_that_is_not_finite_stops_the_run(rewards, base, tmp_path, monkey
 def test_a_corpus_of_another_vocabulary_is_refused(rewards, smollm2_folder, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="vocabulary"):
         run(monkeypatch, *options("mrm", rewards, smollm2_folder, tmp_path / "m.safetensors"))
+
+
+def test_shards_are_read_as_one_corpus_or_not_at_all(rewards, base, tmp_path):
+    llama, names = Llama.load(base), ["corpus-00-of-02.safetensors", "corpus-01-of-02.safetensors"]
+    for name in names:
+        copy_shard(rewards / SHARD, tmp_path / name, shards=2)
+    once, twice = read_rewards(rewards, llama), read_rewards(tmp_path, llama)
+    assert [2 * part for part in once] == list(twice)
+    copy_shard(rewards / SHARD, tmp_path / names[1], shards=2, run={"seed": 1})
+    with pytest.raises(BadInput, match="seed': 1.*must be.*seed': 0"):
+        read_rewards(tmp_path, llama)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(BadInput, match="found 1 shards.*expected 2"):
+        read_rewards(tmp_path, llama)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# several processes
+
+def torchrun(*args):
+    """Start a script in two processes, as the command line torchrun does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def loss_curve(log):
+    return [float(line.split("loss ")[1].split(",")[0]) for line in log.splitlines() if "loss " in line]
+
+
+@pytest.mark.parametrize("objective", ["guard", "mrm"])
+def test_two_processes_learn_what_one_does(objective, request, base, tmp_path, monkeypatch, capsys):
+    """At the same batch size, in float64; also one process that takes each batch in pieces. Batches of 7 and the shorter last
+    ones of an epoch cannot be shared evenly."""
+    data = request.getfixturevalue("labels" if objective == "guard" else "rewards")
+    some = lambda name: [*options(objective, data, base, tmp_path / name, steps=16), "--batch_size", 7, "--dtype", "float64",
+                         "--log_every", 1, "--eval_every", 99]
+    run(monkeypatch, *some("one.safetensors"))
+    one = loss_curve(capsys.readouterr().out)
+    run(monkeypatch, *some("pieces.safetensors"), "--accumulate", 3)
+    pieces = loss_curve(capsys.readouterr().out)
+    process = torchrun("train_mrm.py", *some("two.safetensors"), "--accumulate", 2)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert len(one) == 16 and one[-1] < one[0]
+    assert pieces == pytest.approx(one, rel=1e-5) and loss_curve(out) == pytest.approx(one, rel=1e-5)
+    weights = [load_file(tmp_path / f"{name}.safetensors") for name in ("one", "pieces", "two")]
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-3)       # LoRA is stored in float16
+    assert out.count("wrote") == 1                                                      # one process writes
+
+
+def test_a_killed_process_ends_the_run_which_can_be_resumed(rewards, base, tmp_path):
+    mine = [*options("mrm", rewards, base, tmp_path / "m.safetensors", steps=2000), "--log_every", 1, "--eval_every", 5]
+    process = torchrun("train_mrm.py", *mine)
+    for line in process.stdout:                                                         # until there is a checkpoint
+        if line.startswith("step 7:"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0 and "--resume goes on from the last checkpoint" in error
+    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors.checkpoint.pt"}
+    process = torchrun("train_mrm.py", *mine, "--resume", "--stop_after", 20)
+    out, error = process.communicate(timeout=120)
+    steps = [int(line.split(":")[0].split()[1]) for line in out.splitlines() if "loss" in line]
+    assert process.returncode == 0 and steps == list(range(steps[0], 21)) and steps[0] > 5, error
 
 
 def test_a_malformed_label_is_named_by_its_line(labels, base, tmp_path):
@@ -186,8 +265,7 @@ def test_the_state_before_a_token_predicts_the_reward_after_it(tiny_mrm):
     tokens = e.context + e.reply
     naive = sum((tiny_mrm.rewards(tiny_mrm.llama(torch.tensor([tokens[:j]]))[0, -1])[tokens[j]] - r) ** 2
                 for j, r in zip(range(3, 6), e.targets)) / 3
-    batch = collate([e], "cpu")
-    torch.testing.assert_close(mrm_loss(tiny_mrm, *batch[:3], batch[3].double()), naive, atol=1e-10, rtol=0)
+    torch.testing.assert_close(mrm_loss(tiny_mrm, *collate([e], "cpu")), naive, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["guard", "mrm"])
@@ -199,9 +277,8 @@ def test_padding_changes_no_loss(kind, tiny_guard, tiny_mrm):
     if kind == "guard":
         torch.nn.init.normal_(model.head.weight)
     data = [Example("s", [0, 21, 30 + i], list(range(100, 102 + 3 * i)), [1.0 * (i % 2)] * (2 + 3 * i)) for i in range(4)]
-    targets = lambda batch: [*batch[:3], batch[3].double()]
-    together = loss(model, *targets(collate(data, "cpu")))
-    apart = sum(loss(model, *targets(collate([e], "cpu"))) * len(e.reply) for e in data)
+    together = loss(model, *collate(data, "cpu"))
+    apart = sum(loss(model, *collate([e], "cpu")) * len(e.reply) for e in data)
     torch.testing.assert_close(together, apart / sum(len(e.reply) for e in data), atol=1e-10, rtol=0)
 
 
