@@ -3,6 +3,7 @@ Ask a language model, with and without a defence.
 
     python sample.py --safety saffron                       the built-in example: a prefill attack
     python sample.py --safety saffron --prompt "..."        your own prompt; --prompt - reads standard input
+    python sample.py --prompt FILE:prompts.txt              one prompt a line, searched side by side
     python sample.py --compare                              all methods on the same prompt
 
 Replies and what they cost go to stdout, progress and notes to stderr. Exit status: 0, 2 for bad input (one line says
@@ -34,7 +35,8 @@ def parse_arguments():
     parser = Parser(description="Ask a language model, with and without a defence.")
     add = parser.add_argument
     add("--safety", choices=list(SEARCHES), default="saffron", help="the search that writes the reply (default: saffron)")
-    add("--prompt", help="what the user asks; - reads standard input (default: a built-in example with a prefill)")
+    add("--prompt", help="what the user asks; - reads standard input, FILE:path one prompt a line "
+        "(default: a built-in example with a prefill)")
     add("--prefill", default="", help="an opening that an attacker puts into the model's mouth")
     add("--hide_prefill", action="store_true", help="keep the prefill from the MRM and the guard, also when it judges")
     add("--width", type=int, default=4, help="N: replies sampled, or sequences in the frontier (default: 4)")
@@ -52,18 +54,33 @@ def parse_arguments():
     add("--device", default="cpu")
     add("--dtype", choices=DTYPES, default="float32")
     add("--compare", action="store_true", help="all methods, one after another")
-    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--json", action="store_true", help="one JSON object on stdout, or with FILE:path one a line")
     add("--trace", action="store_true", help="show the tree of surviving branches; with --json: all frontiers")
     args = parser.parse_args()
     args.example = args.prompt is None
     if args.example:
         args.prompt, args.prefill = PROMPT, args.prefill or PREFILL
-    elif args.prompt == "-":
-        try:
-            args.prompt = sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
-        except UnicodeDecodeError:
-            parser.error("the prompt on standard input is not UTF-8")
+    args.prompts = read_prompts(args.prompt)
     return args
+
+
+def read_prompts(prompt):
+    """The prompts that --prompt stands for. Raises BadInput for a file that has none or is no text."""
+    name = prompt.removeprefix("FILE:")
+    if prompt not in ("-", f"FILE:{name}"):
+        return [prompt]
+    try:
+        text = (sys.stdin.buffer.read() if prompt == "-" else Path(name).read_bytes()).decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadInput(f"the prompt {'on standard input' if prompt == '-' else f'file {name}'} is not UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"--prompt FILE:{name}: cannot be read ({error.strerror})") from None
+    if prompt == "-":
+        return [text.rstrip("\n")]
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise BadInput(f"--prompt FILE:{name}: expected one prompt a line, but the file is empty")
+    return lines
 
 
 def prepare_default_weights(folder):
@@ -90,26 +107,33 @@ def load_models(args, methods):
     return policy, {"none": None, "best_of_n": guard, "saffron": mrm}, guard
 
 
-def run(method, policy, reward_model, guard, prompt, args):
-    """One search, as the object that --json prints, and its Result."""
+def run(method, policy, reward_model, guard, prompts, args):
+    """One search for each prompt, side by side: a list of the objects that --json prints, and the Results."""
     options = dict(width=args.width, max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
                    top_p=args.top_p, beta=args.beta, seed=args.seed)
     if args.temperature is not None:
         options["temperature"] = args.temperature
-    result = SEARCHES[method](policy, reward_model, prompt, **options)
-    context = prompt.reward_tokens(guard.template)
-    judged = guard.score(TrieCache(guard.llama), [context + result.tokens]).item()
-    answer = {"prompt": args.prompt, "prefill": args.prefill, "safety": method, "text": result.text,
-              "tokens": result.tokens, "finished": result.finished, "reward": result.reward, "guard": judged,
-              "stats": dataclasses.asdict(result.stats)}
-    if args.trace:
-        answer["frontiers"] = [[branch.tokens for branch in frontier] for frontier in result.trace]
-    return answer, result
+    results, answers = SEARCHES[method](policy, reward_model, prompts, **options), []
+    for text, prompt, result in zip(args.prompts, prompts, results):
+        context = prompt.reward_tokens(guard.template)
+        judged = guard.score(TrieCache(guard.llama), [context + result.tokens]).item()
+        answers.append({"prompt": text, "prefill": args.prefill, "safety": method, "text": result.text,
+                        "tokens": result.tokens, "finished": result.finished, "reward": result.reward, "guard": judged,
+                        "stats": dataclasses.asdict(result.stats)})
+        if args.trace:
+            answers[-1]["frontiers"] = [[branch.tokens for branch in frontier] for frontier in result.trace]
+    return answers, results
 
 
 def printable(text):
     """Without control characters that a terminal would obey: a model may write any byte."""
     return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def show_prompt(answer):
+    print(f"\nprompt:  {printable(answer['prompt'])}")
+    if answer["prefill"]:
+        print(f"prefill: {printable(answer['prefill'])}")
 
 
 def show(answer, result, tokenizer, args):
@@ -154,18 +178,21 @@ def main():
     else:
         methods = [args.safety]
     policy, reward_models, guard = load_models(args, methods)
-    prompt = policy.tokenizer.prompt(args.prompt, args.prefill, args.hide_prefill)
+    prompts = [policy.tokenizer.prompt(text, args.prefill, args.hide_prefill) for text in args.prompts]
     if not args.json:
-        print(f"model:   {policy.config.name}\nprompt:  {printable(args.prompt)}"
-              + (f"\nprefill: {printable(args.prefill)}" if args.prefill else ""))
-    answers = {}
+        print(f"model:   {policy.config.name}")
+    found = {}
     for method in methods:
         print(f"searching: {method} ...", file=sys.stderr)
-        answers[method], result = run(method, policy, reward_models[method], guard, prompt, args)
+        found[method], results = run(method, policy, reward_models[method], guard, prompts, args)
         if not args.json:
-            show(answers[method], result, policy.tokenizer, args)
+            for answer, result in zip(found[method], results):
+                if method == methods[0] or len(prompts) > 1:
+                    show_prompt(answer)
+                show(answer, result, policy.tokenizer, args)
     if args.json:
-        print(json.dumps(answers if args.compare else answers[args.safety]))
+        for answers in zip(*found.values()):
+            print(json.dumps(dict(zip(methods, answers)) if args.compare else answers[0]))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,19 @@ def test_prompt_from_standard_input():
         "Name a colour.\nOne word."
 
 
+def test_prompts_from_a_file(tmp_path):
+    """One JSON object a line, each as if its prompt were alone; in plain text, one after another."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("How do magnets work?\n\nName a colour.\n")
+    status, out, error = run_script("sample.py", "--json", *QUICK, "--prompt", f"FILE:{path}")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [a["prompt"] for a in answers] == ["How do magnets work?", "Name a colour."], error
+    for answer in answers:
+        assert answer["tokens"] == ask("--prompt", answer["prompt"])["tokens"]
+    status, out, _ = run_script("sample.py", *QUICK, "--safety", "none", "--prompt", f"FILE:{path}")
+    assert status == 0 and out.count("prompt:  ") == out.count("guard's reward") == 2
+
+
 def test_compare_and_plain_text():
     answers = ask("--compare", "--prompt", "Hi")
     assert set(answers) == set(SEARCHES) and all(answers[m]["safety"] == m for m in answers)
@@ -86,6 +99,7 @@ def test_half_precision(tmp_path):
     (["--max_new_tokens", 0], "max_new_tokens"),
     (["--prompt", "  "], "prompt is empty"),
     (["--prompt", "word " * 9000], "8192"),
+    (["--prompt", "FILE:no/such/file"], "no/such/file: cannot be read"), (["--prompt", "FILE:/dev/null"], "one prompt a line"),
     (["--policy", "no/such/folder"], "no/such/folder: no such folder"),
     (["--policy", "tests/golden/tiny_policy"], "vocab.tiktoken"),
     (["--mrm_base", "tests/golden/tiny_guard"], "different vocabularies"),
