@@ -4,6 +4,7 @@ How fast the search is, and how near it comes to what this machine's memory allo
     python bench.py                         widths 1, 4, 16, 64 with 32 new tokens, on the default models
     python bench.py --length                seconds and memory against the length of the reply, width 4
     python bench.py --prompt_length         the same against the length of the prompt
+    python bench.py --prompts 8             eight prompts side by side against one after another, width 4
     python bench.py --plot speed.png        seconds per step against width and against length, drawn
     python bench.py --profile               the ten costliest operators at width 4
 
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import DTYPES, BadInput, Llama, Parser
+from model import DTYPES, BadInput, Llama, Parser, at_least_1
 from mrm import load_mrm
 from sample import DEFAULT, PROMPT, prepare_default_weights
 from search import Branch, candidates, extend, next_logits, saffron
@@ -167,6 +168,16 @@ def profile(policy, mrm):
               f"{event.count:6d} calls")
 
 
+def side_by_side(policy, mrm, count):
+    """Print what so many prompts cost, one after another and all in one search."""
+    prompts = [prompt_of(policy, 40 + i) for i in range(count)]
+    search = lambda prompts: saffron(policy, mrm, prompts, width=WIDTH, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+    alone = sum(search(prompt).stats.seconds for prompt in prompts)
+    together = search(prompts)[-1].stats.seconds
+    print(f"{count} prompts, width {WIDTH}, {LENGTH} new tokens: one after another {alone:.2f} s, side by side {together:.2f} s, "
+          f"ratio {together / alone:.2f}")
+
+
 def numbers(text):
     if not all(n.isdecimal() and int(n) for n in text.split(",")):
         raise ArgumentTypeError(f"{text} is not whole numbers such as 1,4,16")
@@ -179,6 +190,7 @@ def main():
     add("--width", type=numbers, default=WIDTHS, metavar="N,N", help="widths of the table (default: 1,4,16,64)")
     add("--length", type=numbers, nargs="?", const=LENGTHS, metavar="N,N", help="reply lengths, at width 4 or --width")
     add("--prompt_length", type=numbers, nargs="?", const=PROMPT_LENGTHS, metavar="N,N", help="the same of prompts")
+    add("--prompts", type=at_least_1, metavar="N", help="so many prompts side by side, and one after another")
     add("--plot", type=Path, metavar="FILE", help="draw the table and the sweep of --length: .png, .svg or .pdf")
     add("--profile", action="store_true")
     add("--out", type=Path, metavar="FILE", help="write the table as JSON too")
@@ -195,14 +207,16 @@ def main():
     prepare_default_weights(args.policy)
     policy = Llama.load(args.policy, getattr(torch, args.dtype), args.device)
     mrm = load_mrm(args.mrm, policy)
+    saffron(policy, mrm, prompt_of(policy, None), width=2, max_new_tokens=2)            # the first calls are slower
     if args.profile:
         return profile(policy, mrm)
+    if args.prompts:
+        return side_by_side(policy, mrm, args.prompts)
     speed = bandwidth(args.device)
     machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
                f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {args.dtype} on {args.device}")
     print(f"{machine}\nmemory bandwidth {speed / 1e9:.1f} GB/s; weights {weight_bytes(policy) / 1e9:.2f} + "
           f"{weight_bytes(mrm.llama) / 1e9:.2f} GB")
-    saffron(policy, mrm, prompt_of(policy, None), width=2, max_new_tokens=2)            # the first calls are slower
     swept = args.width if args.width is not WIDTHS else [WIDTH]
     lengths = [(w, n) for w in swept for n in args.length or LENGTHS]
     widths = [(w, LENGTH) for w in args.width]

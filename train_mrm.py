@@ -30,6 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from model import BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors
 from mrm import MRM, Guard, add_lora, fill, load_adapter, partial_supervision_loss, read_metadata, save_adapter, trained_tensors
 
+WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or after so many tokens
+
 # ---------------------------------------------------------------------------------------------------------------
 # data
 
@@ -255,8 +257,8 @@ def load_data(args, llama):
     if llama.tokenizer is None:
         raise BadInput(f"{args.base} has no vocab.tiktoken; data/smollm2/prepare.py shows how to write one")
     if args.objective == "guard":
-        training, held_out = [read_labels(Path(args.data) / f"{name}.jsonl", llama, args.max_prompt, args.max_reply)
-                              for name in ("train", "val")]
+        training, held_out = [read_labels(Path(args.data) / f"{name}.jsonl", llama, args.max_prompt, max_reply)
+                              for name, max_reply in (("train", args.max_reply), ("val", WHOLE_REPLY))]
     else:
         training, held_out = read_rewards(args.data, llama)
     training = weigh(training, args.weights)
