@@ -8,10 +8,11 @@ How fast the search is, and how near it comes to what this machine's memory allo
     python bench.py --plot speed.png        seconds per step against width and against length, drawn
     python bench.py --profile               the ten costliest operators at width 4
 
-"copies" is the same search with a cache as it is commonly written: a batch in which each sequence of the frontier has
-keys and values of its own. "of limit" is the share of what memory bandwidth allows: a step has to read the weights of
-policy and MRM, so it takes at least their bytes (both counted, also where they share some) / the bandwidth, which is
-measured at the start.
+"copies" is the same search as it is commonly written: the policy's forward pass, then the MRM's, each with a batch in
+which every sequence of the frontier has keys and values of its own, and all of M(s). "KV MB" is keys and values in use,
+of either. "of limit" is the share of what memory bandwidth allows where each model reads its own weights at each step:
+the bytes of both / the bandwidth, which is measured at the start / the seconds of a step. Weights that both share are
+counted twice, so that sharing shows as a gain.
 """
 
 import json

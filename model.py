@@ -287,6 +287,7 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        # On the meta device, where `load` builds its model, there are no numbers; it sets them itself.
         self.frequencies = None if torch.get_default_device().type == "meta" else rotary_frequencies(config)
         self.tokenizer = self.template = None
         self.fingerprint = ""
@@ -432,7 +433,7 @@ class Prompt:
 class Tokenizer:
     """Byte-pair encoding by tiktoken on a local vocabulary; nothing is downloaded.
 
-    folder holds vocab.tiktoken (a line a token: base64 of its bytes, its rank) and tokenizer_config.json, of which
+    folder holds vocab.tiktoken (one line for each token: base64 of its bytes, its rank) and tokenizer_config.json, of which
     these fields are read: `pattern` (the pre-tokenizer's regular expression), `special_tokens` (text to id) and
     `templates` (name to {"prefix": text, "infix": text}, in which control tokens count as such).
     Raises BadInput when one of the files is absent or broken.

@@ -13,7 +13,7 @@ h(s) is the final hidden state of the last token of s. Both read the tokens of a
 
 An adapter (all that was trained, and what it was trained on) is one small safetensors file.
 
-Shapes: d = hidden_size, V = vocab_size, r = LoRA rank.
+Shapes: n sequences, T tokens, d = hidden_size, V = vocab_size, r = LoRA rank.
 """
 
 import copy
@@ -71,7 +71,7 @@ def add_lora(llama, rank, alpha, targets, first_layer=0):
 
 
 def shallow_copy(module):
-    """New modules around the very same tensors: one can be replaced without a change to the original."""
+    """New modules around the very same tensors: a module can be replaced without a change to the original."""
     new = copy.copy(module)
     new._modules = {name: shallow_copy(child) for name, child in module._modules.items()}
     return new
@@ -80,55 +80,6 @@ def shallow_copy(module):
 def part_of(block, name):
     """The module of a block that has the projection of that name."""
     return block.self_attn if hasattr(block.self_attn, name) else block.mlp
-
-
-class Backbone:
-    """Llamas that differ in LoRA only, as one: a pass reads the base weights once for the tokens of all of them.
-
-    It is a copy of the Llama in which each projection that some of them adapt is a SharedLinear. Of R, the sum of all
-    ranks, ranks `owner == i` belong to llamas[i]; `own` says for each token of a pass which ranks are its reader's.
-    """
-
-    def __init__(self, llamas):
-        self.llamas, self.device, self.dtype = llamas, llamas[0].device, llamas[0].dtype
-        ranks = [next((len(m.lora_A) for m in llama.modules() if isinstance(m, LoRALinear)), 0) for llama in llamas]
-        self.owner = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=self.device)   # (R,)
-        self.llama = shallow_copy(llamas[0])
-        for block, *blocks in zip(self.llama.model.layers, *(llama.model.layers for llama in llamas)):
-            for name in PROJECTIONS:
-                linears = [getattr(part_of(b, name), name) for b in blocks]
-                if any(isinstance(linear, LoRALinear) for linear in linears):
-                    setattr(part_of(block, name), name, SharedLinear(self, linears, ranks))
-
-    def __call__(self, tokens, positions, cache):
-        """As Llama's forward, with B = 1. cache: a trie_cache.Pass, whose tries say whose the tokens are."""
-        reader = [self.llamas.index(trie.model) for trie in cache.tries for _ in trie.waiting]
-        own = torch.tensor(reader, device=self.device)[:, None] == self.owner               # (T, R)
-        self.own = own.to(self.dtype)
-        return self.llama(tokens, positions, cache)
-
-
-class SharedLinear(nn.Module):
-    """y = x Wᵀ + (own ⊙ x Aᵀ) Bᵀ, where A and B hold the LoRA of all readers one after another."""
-
-    def __init__(self, backbone, linears, ranks):
-        super().__init__()
-        self.backbone = backbone
-        self.linear = next(linear.linear for linear in linears if isinstance(linear, LoRALinear))
-        zeros = self.linear.weight.new_zeros
-        d_out, d_in = self.linear.weight.shape
-        pairs = [(linear.lora_A, linear.scale * linear.lora_B) if isinstance(linear, LoRALinear) else
-                 (zeros(r, d_in), zeros(d_out, r)) for linear, r in zip(linears, ranks)]
-        self.A = torch.cat([a for a, _ in pairs])                                           # (R, d_in)
-        self.B = torch.cat([b for _, b in pairs], dim=1)                                    # (d_out, R)
-
-    def forward(self, x):                                                                   # (1, T, d_in)
-        return self.linear(x) + F.linear(F.linear(x, self.A) * self.backbone.own, self.B)   # (1, T, d_out)
-
-
-def same_base(a, b):
-    """Whether two Llamas differ in LoRA only: their frozen weights are the very same tensors."""
-    return a.model.embed_tokens.weight is b.model.embed_tokens.weight
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -159,6 +110,7 @@ class MRM(nn.Module):
     """M(s): the rewards of all next tokens at once (the paper, section 4.1).
 
     `unseen` marks V_unseen: the tokens that were not supervised, or too seldom, so that M knows nothing of them.
+    (train_mrm.py never puts end-of-sequence there: a search must be able to end.)
     """
 
     kind = "mrm"
@@ -315,3 +267,55 @@ def load_mrm(path, llama):
     if llama.tokenizer is None:
         raise BadInput(f"{llama.config.name} has no vocabulary here, so {path} has no template to be read in")
     return load_released_mrm(path, llama, llama.tokenizer.template("reward"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# several readers, one pass: speed only. trie_cache.py and search.py say what is read together.
+
+class Backbone:
+    """Llamas that differ in LoRA only, as one: a pass reads the base weights once for the tokens of all of them.
+
+    It is a copy of the Llama in which each projection that some of them adapt is a SharedLinear. Of K, the sum of all
+    ranks, those with `owner == i` belong to llamas[i]; `own` says for each token of a pass which ranks are its Llama's.
+    """
+
+    def __init__(self, llamas):
+        self.llamas, self.device, self.dtype = llamas, llamas[0].device, llamas[0].dtype
+        ranks = [next((len(m.lora_A) for m in llama.modules() if isinstance(m, LoRALinear)), 0) for llama in llamas]
+        self.owner = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=self.device)   # (K,)
+        self.llama = shallow_copy(llamas[0])
+        for block, *blocks in zip(self.llama.model.layers, *(llama.model.layers for llama in llamas)):
+            for name in PROJECTIONS:
+                linears = [getattr(part_of(b, name), name) for b in blocks]
+                if any(isinstance(linear, LoRALinear) for linear in linears):
+                    setattr(part_of(block, name), name, SharedLinear(self, linears, ranks))
+
+    def __call__(self, tokens, positions, cache):
+        """As Llama's forward, with B = 1. cache: a trie_cache.Pass, whose tries say whose the tokens are."""
+        reader = [self.llamas.index(trie.model) for trie in cache.tries for _ in trie.waiting]
+        own = torch.tensor(reader, device=self.device)[:, None] == self.owner               # (T, K)
+        self.own = own.to(self.dtype)
+        return self.llama(tokens, positions, cache)
+
+
+class SharedLinear(nn.Module):
+    """y = x Wᵀ + (own ⊙ x Aᵀ) Bᵀ, where A and B hold the LoRA of all Llamas one after another."""
+
+    def __init__(self, backbone, linears, ranks):
+        super().__init__()
+        self.backbone = backbone
+        self.linear = next(linear.linear for linear in linears if isinstance(linear, LoRALinear))
+        zeros = self.linear.weight.new_zeros
+        d_out, d_in = self.linear.weight.shape
+        pairs = [(linear.lora_A, linear.scale * linear.lora_B) if isinstance(linear, LoRALinear) else
+                 (zeros(r, d_in), zeros(d_out, r)) for linear, r in zip(linears, ranks)]
+        self.A = torch.cat([a for a, _ in pairs])                                           # (K, d_in)
+        self.B = torch.cat([b for _, b in pairs], dim=1)                                    # (d_out, K)
+
+    def forward(self, x):                                                                   # (1, T, d_in)
+        return self.linear(x) + F.linear(F.linear(x, self.A) * self.backbone.own, self.B)   # (1, T, d_out)
+
+
+def same_base(a, b):
+    """Whether two Llamas differ in LoRA only: one is an `add_lora` of the other, or both of a third."""
+    return a.model.embed_tokens.weight is b.model.embed_tokens.weight

@@ -30,7 +30,7 @@ from trie_cache import TrieCache, compute
 class Branch:
     """A reply under way: a node of the search tree."""
     tokens: list = field(default_factory=list)      # reply tokens, end-of-sequence included
-    reward: float | None = None                     # what the search's reward model says of it
+    reward: float | None = None                     # what the search ranks it by: R, or M (plus beta · log π)
     finished: bool = False                          # whether its last token is end-of-sequence
     parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
 
@@ -44,7 +44,7 @@ class Stats:
     tokens_cached: int = 0              # tokens of requested sequences that a trie gave without computing them
     flops: int = 0                      # multiply-adds count as two
     seconds: float = 0.0
-    peak_kv_bytes: int = 0              # keys and values of the tries, at their largest
+    peak_kv_bytes: int = 0              # keys and values in the tries, at their most
     unshared_kv_bytes: int = 0          # the same if each sequence had kept a copy of its own
 
 
@@ -145,8 +145,8 @@ def probabilities(logits, temperature):
 
 
 def nucleus(p, top_p):
-    """The smallest set of most likely tokens whose mass *before* each token is below top_p: ids, most likely first,
-    equal ones by id. p: probabilities (V,).
+    """The most likely tokens, as long as the mass *before* a token is below top_p: ids, most likely first, equal ones
+    by id. p: probabilities (V,).
 
     Sorting 50,000 numbers to find a handful is slow: the largest few are looked at first, and more of them only
     while they do not hold enough mass. All tokens as likely as the last of them come along, so ties are complete.
@@ -158,10 +158,9 @@ def nucleus(p, top_p):
             break
         k *= 8
     threshold = top[-1] if k < len(p) else 0.0
-    tokens = (p >= threshold).nonzero().squeeze(-1)                             # ascending ids
+    tokens = ((p >= threshold) & (p > 0)).nonzero().squeeze(-1)                 # ascending ids
     values, order = p[tokens].sort(descending=True, stable=True)
-    inside = (values.cumsum(0) - values < top_p) & (values > 0)                 # rounding may keep the sum below 1
-    return tokens[order[inside]]
+    return tokens[order[values.cumsum(0) - values < top_p]]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -189,8 +188,7 @@ def side_by_side(steps):
                 readers.append(Reader(reward_model.llama, prompt.reward_tokens(reward_model.template)))
             searches.append((steps(*call.args, **call.kwargs), readers))
             answers[i] = None
-        llamas = [policy] if reward_model is None else [policy, reward_model.llama]
-        bases = [Backbone(llamas)] if len(llamas) == 2 and same_base(*llamas) else llamas
+        shared = Backbone([policy, reward_model.llama]) if reward_model and same_base(policy, reward_model.llama) else None
         while answers:
             for i, answer in list(answers.items()):
                 generator, readers = searches[i]
@@ -200,9 +198,12 @@ def side_by_side(steps):
                 except StopIteration as end:
                     results[i] = finish(policy, *end.value, readers, started)
                     del answers[i]
-            for base in bases:
-                compute(base, [reader.trie for i in answers for reader in searches[i][1]
-                               if base is reader.trie.model or len(bases) < len(llamas)])
+            tries = [reader.trie for i in answers for reader in searches[i][1]]
+            if shared:
+                compute(shared, tries)
+            else:
+                for llama in [policy, reward_model.llama] if reward_model else [policy]:
+                    compute(llama, [trie for trie in tries if trie.model is llama])
             answers = {i: [reader.answer() for reader in searches[i][1]] for i in answers}
         return [results[i] for i in range(len(searches))] if isinstance(prompts, list) else results[0]
     return search
@@ -226,7 +227,8 @@ def finish(policy, branch, trace, readers, started):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# the searches
+# the searches. Below stand the steps for one prompt; `side_by_side` makes of each a function that is called as
+# search(policy, reward_model, prompt or list of prompts, width=..., ...).
 
 @side_by_side
 def none(policy, reward_model, *, width=1, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=0.0, beta=0.0,
@@ -270,7 +272,8 @@ def saffron(policy, mrm, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p
         hidden, mrm_hidden = yield growing, growing                                     # (n, d) each
         logits = next_logits(policy, hidden, length, min_new_tokens)                    # (n, V)
         rows, tokens = candidates(logits, mrm.unseen, top_p, temperature)               # (m,) each
-        rewards = mrm.child_rewards(mrm_hidden[rows], tokens)                           # M(s)_a: (m,)
+        # M_cons(s)_a for the candidates; of the other entries of M(s), none is needed.
+        rewards = mrm.child_rewards(mrm_hidden[rows], tokens)                           # (m,)
         if beta:
             rewards = rewards + beta * (logits[rows, tokens] - logits.logsumexp(-1)[rows])
         best = rewards.argsort(descending=True, stable=True)[:width]        # ties: in frontier and nucleus order

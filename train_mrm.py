@@ -37,7 +37,7 @@ WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or
 
 @dataclass
 class Example:
-    """One reply. targets: the label (0 safe, 1 unsafe) or the guard's reward, one number a reply token."""
+    """One reply. targets: the label (0 safe, 1 unsafe) or the guard's reward, one number for each reply token."""
     source: str
     context: list               # tokens up to the reply
     reply: list                 # tokens of the reply
@@ -177,10 +177,10 @@ def auc(scores, labels):
 
 
 def validate_guard(guard, examples, device):
-    """AUC of "safe" a source, at the end of the reply and after its first 12 tokens."""
+    """AUC of "safe" for each source, at the end of the reply and after its first 12 tokens."""
     rewards, report = predictions(guard, examples, device), {}
     for source in sorted({e.source for e in examples}):
-        mine = [(r, e.targets[0] == 0) for r, e in zip(rewards, examples) if e.source == source]
+        mine = [(r, e.targets[-1] == 0) for r, e in zip(rewards, examples) if e.source == source]
         safe = [label for _, label in mine]
         if any(safe) and not all(safe):
             report[f"auc {source}"] = auc([r[-1] for r, _ in mine], safe)
@@ -208,9 +208,10 @@ def new_reward_model(args, llama, train):
     mrm = MRM(llama, llama.tokenizer.template("reward"))
     mrm.gain.data.fill_(0.02)
     mrm.bias.data.fill_(float(np.mean(np.concatenate([e.targets for e in train]))))
-    counts = np.bincount(np.concatenate([e.reply for e in train]), minlength=llama.config.vocab_size)
+    distinct = {id(e): e for e in train}.values()             # --weights may repeat a reply
+    counts = np.bincount(np.concatenate([e.reply for e in distinct]), minlength=llama.config.vocab_size)
     mrm.unseen.copy_(torch.from_numpy(counts < args.min_count))
-    mrm.unseen[list(llama.config.eos_token_ids)] = False      # a search must be able to end (collected or not)
+    mrm.unseen[list(llama.config.eos_token_ids)] = False      # seen or not: a search must be able to end
     return mrm
 
 
@@ -360,7 +361,7 @@ def train(args):
         if first and step < args.steps and (step % args.eval_every == 0 or step == args.stop_after):
             save_checkpoint(checkpoint, args, step, reward_model, optimizer)
             log_report(f"step {step}, {len(some)} held-out replies", validate(reward_model, some, args.device))
-    if step < args.steps or not first:              # --stop_after
+    if step < args.steps or not first:              # stopped by --stop_after, or another process writes
         return
     save_adapter(reward_model, out, args.rank, args.alpha, args.targets.split(","), args.first_layer, args.command)
     log(f"wrote {out} after {time.time() - started:.0f} s")

@@ -60,6 +60,7 @@ class TrieCache:
         self.root = TrieNode(None, None, None)  # the empty prefix: no token, no slot
         self.waiting = []                       # nodes that no forward pass has read yet
         self.leaves = set()                     # nodes without children
+        self.slots = self.mask = None           # of the pass under way: where keys are written, who looks where
         self.free, self.used = [], 0            # slots given back (a heap), and how many were ever handed out
         self.computed = self.cached = self.attended = self.peak_slots = 0
         config = model.config
@@ -141,7 +142,8 @@ class TrieCache:
 
     def keep(self, nodes):
         """Forget every node that is neither in this set nor above one of it, and give its slot back: from each other
-        leaf upwards, as far as nothing else hangs on the path."""
+        leaf upwards, as far as nothing else hangs on the path. No node may be waiting."""
+        assert not self.waiting, "compute first: a forgotten node must not be computed into a slot of another"
         for node in self.leaves - nodes:
             self.leaves.remove(node)
             while node is not self.root and not node.children and node not in nodes:
@@ -180,8 +182,8 @@ def compute(model, tries):
     for trie in tries:
         slots = [node.slot for node in trie.waiting]
         trie.slots = torch.tensor(slots, device=model.device)                   # (n,): where new keys are written
-        hidden_from = torch.from_numpy(~trie.visible[slots, :trie.used]).to(model.device)
-        trie.mask = torch.zeros_like(hidden_from, dtype=model.dtype).masked_fill_(hidden_from, -math.inf)   # (n, used)
+        blocked = torch.from_numpy(~trie.visible[slots, :trie.used]).to(model.device)
+        trie.mask = torch.zeros_like(blocked, dtype=model.dtype).masked_fill_(blocked, -math.inf)   # (n, used)
     row = lambda values: torch.tensor([values], device=model.device)            # (1, n)
     hidden = model(row([node.token for node in nodes]), row([node.depth - 1 for node in nodes]), Pass(tries))[0]
     for trie, h in zip(tries, hidden.split([len(trie.waiting) for trie in tries])):

@@ -32,8 +32,15 @@ def test_table_and_json(smollm2_folder, tmp_path):
     assert row["KV MB"] < row["copies MB"] and row["ratio"] == row["seconds"] / row["copies"]
 
 
+def test_prompts_side_by_side(smollm2_folder):
+    status, out, err = run_script("bench.py", "--prompts", "2")
+    assert status == 0, err
+    alone, together, ratio = (float(word) for word in out.split() if "." in word)
+    assert ratio == pytest.approx(together / alone, abs=0.02) and 0 < ratio
+
+
 @pytest.mark.parametrize("options, said", [
-    (["--width", "0"], "width"), (["--plot", "x.doc"], ".png, .svg or .pdf"), (["--out", "no/such/b.json"], "no folder"),
+    (["--prompts", "0"], "prompts"), (["--width", "0"], "width"), (["--plot", "x.doc"], ".png, .svg or .pdf"), (["--out", "no/such/b.json"], "no folder"),
     (["--prompt_length", "5"], "template alone takes"),
 ])
 def test_bad_values_are_refused(smollm2_folder, options, said):

@@ -58,6 +58,8 @@ def read_hh(local):
 def hh_replies(llama, data, count, max_prompt, max_reply):
     """The last turn of `count` dialogues, evenly spread, the preferred and the rejected reply in turn."""
     lines = data.decode("utf-8").strip().split("\n")
+    if count > len(lines):
+        raise BadInput(f"--hh_replies {count}: there are {len(lines)} dialogues")
     eos, rows = llama.config.eos_token_ids[0], []
     for i in range(count):
         dialogue = json.loads(lines[i * len(lines) // count])["rejected" if i % 2 else "chosen"]
@@ -73,7 +75,7 @@ def hh_replies(llama, data, count, max_prompt, max_reply):
 def harmful_requests(labels):
     """(request, compliant reply, held out) of AdvBench and JailbreakBench's training half, each request once; every
     tenth is held out."""
-    wanted = {r["prompt"]: r["response"] for r in reversed(labels)
+    wanted = {r["prompt"]: r["response"] for r in reversed(labels)          # the first reply of each request stays
               if r["unsafe"] and r["source"] in ("advbench", "jailbreakbench")}
     return [(request, reply, i % 10 == 0) for i, (request, reply) in enumerate(wanted.items())]
 
@@ -83,7 +85,7 @@ def sample_batch(policy, requests, turns, max_prompt, max_reply, seed):
     """Rows of the policy's own replies to a few requests, side by side. Each request gets a prefill of 0 to 16
     tokens; half of its replies are drawn from the nucleus by probability, half uniformly, for a search goes to
     tokens that the policy alone would seldom pick. `turns`: refusals, of one of which 1 to 12 tokens follow the
-    prefill, or none of them."""
+    prefill; an empty list: nothing does."""
     pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     rows, tries, nodes = [], [], []                         # a row's trie, and its reply's node there
     for request, opening, held_out in requests:
@@ -100,8 +102,8 @@ def sample_batch(policy, requests, turns, max_prompt, max_reply, seed):
     while growing := [i for i in growing if len(rows[i]["reply"]) < max_reply]:
         compute(policy, tries[::REPLIES_A_PROMPT])
         hidden = torch.cat([tries[i].states([nodes[i]]) for i in growing])
-        for i, p in zip(growing, next_logits(policy, hidden, 0, 0).softmax(-1)):
-            if i % 2:
+        for i, p in zip(growing, next_logits(policy, hidden, length=0, min_new_tokens=0).softmax(-1)):
+            if i % 2:                                       # as in its source above; REPLIES_A_PROMPT is even
                 tokens = nucleus(p, 0.8)
                 token = tokens[torch.randint(len(tokens), (), generator=generator)].item()
             else:
@@ -164,6 +166,8 @@ def main():
     guard = load_adapter(args.guard, policy, "guard")
     labels = [row for _, row in read_jsonl(args.labels)]
     requests, turns = harmful_requests(labels), [r["response"] for r in labels if r["source"] == "turned"]
+    if args.refused_batches and not turns:
+        raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
     dialogues = hh_replies(policy, read_hh(args.local), args.hh_replies, args.max_prompt, args.max_reply)
     digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     metadata = {"vocabulary": policy.tokenizer.fingerprint, "source_names": SOURCES,
@@ -183,6 +187,8 @@ def main():
             continue
         batches = range(k, args.policy_batches + args.refused_batches, args.shards)
         rows = dialogues[k::args.shards] + own_replies(policy, requests, turns, batches, args)
+        if not rows:
+            raise BadInput(f"--shards {args.shards} is more than there are replies for; shard {k} would be empty")
         examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"])) for r in rows]
         rewards = predictions(guard, examples, args.device)
         write_shard(path, rows, rewards, metadata)
