@@ -195,7 +195,8 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x):                                                       # (..., d_in)
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not packable(x.dtype):
+        if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.device.type != "cpu"
+                or not packable(x.dtype)):
             return F.linear(x, self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, packed(self.weight), None, "none", [], "")     # (..., d_out)
 

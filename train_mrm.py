@@ -31,6 +31,7 @@ from model import BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors
 from mrm import MRM, Guard, add_lora, fill, load_adapter, partial_supervision_loss, read_metadata, save_adapter, trained_tensors
 
 WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or after so many tokens
+SMOOTHING = 0.02            # of the guard's labels
 
 # ---------------------------------------------------------------------------------------------------------------
 # data
@@ -137,9 +138,11 @@ def collate(examples, device):
 # objectives and validation
 
 def guard_loss(guard, tokens, rows, columns, targets):
-    """Binary cross-entropy at every reply token; R is the log-odds of "safe"."""
+    """Binary cross-entropy at every reply token; R is the log-odds of "safe". Labels are smoothed to 0.02 and 0.98, so
+    that R stays within about ±4: beyond that, a reply is not safer, and labels are not that certain."""
     rewards = guard.rewards(guard.llama(tokens)[rows, columns])
-    return F.binary_cross_entropy_with_logits(rewards, 1 - targets.to(rewards.dtype))
+    safe = 1 - targets.to(rewards.dtype)
+    return F.binary_cross_entropy_with_logits(rewards, SMOOTHING + (1 - 2 * SMOOTHING) * safe)
 
 
 def mrm_loss(mrm, tokens, rows, columns, targets):

@@ -66,6 +66,8 @@ def test_a_packed_weight_gives_the_same_product(dtype, tolerance, rows):
             expected = (x.double() @ linear.weight.double().T).to(dtype)
             torch.testing.assert_close(linear(x), expected, atol=tolerance, rtol=tolerance)
             linear.weight.normal_()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert linear(x).dtype == torch.bfloat16
     linear(x).sum().backward()
     assert linear.weight.grad.abs().sum() > 0
 

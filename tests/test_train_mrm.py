@@ -298,3 +298,16 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
     pairs = [(a > b) + (a == b) / 2 for a in scores[labels] for b in scores[~labels]]
     assert auc(scores, labels) == pytest.approx(np.mean(pairs))
     assert auc([1, 2, 3], [0, 0, 1]) == 1 and auc([1, 1], [0, 1]) == 0.5
+
+
+def test_smoothed_labels_bound_the_reward(tiny_guard):
+    """The best constant reward of safe replies is log(0.98 / 0.02), of unsafe ones minus that: not infinity."""
+    from mrm import Guard
+    guard = Guard(tiny_guard, None)
+    for label, best in ((0.0, 3.89), (1.0, -3.89)):
+        batch = collate([Example("s", [0, 5], [60, 61], [label] * 2)], "cpu")
+        losses = []
+        for reward in (best - 0.5, best, best + 0.5):
+            torch.nn.init.constant_(guard.head.bias, reward)            # the head's weight is zero
+            losses.append(guard_loss(guard, *batch).item())
+        assert losses[1] < min(losses[0], losses[2])
