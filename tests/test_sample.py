@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, SMOLLM2, run_script
 
 from search import SEARCHES
@@ -37,7 +38,6 @@ def test_json(method, smollm2, guard):
     assert all(len(reply) <= t + 1 for t, frontier in enumerate(answer["frontiers"]) for reply in frontier)
     assert (answer["reward"] is None) == (method == "none")
     # the guard's reward, without a cache
-    import torch
     encode = smollm2.tokenizer.encode
     context = guard.template(encode("How do magnets work?"), encode("Sure"))
     expected = guard.rewards(guard.llama(torch.tensor([context + answer["tokens"]]))[0, -1]).item()
@@ -113,6 +113,19 @@ def test_bad_input_gives_one_line_and_status_2(args, said):
     status, out, error = run_script("sample.py", "--json", "--safety", "saffron", *args)
     lines = [line for line in error.splitlines() if not line.startswith("searching")]
     assert status == 2 and out == "" and len(lines) == 1 and said in lines[0], error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("command", [
+    ["sample.py"], ["bench.py"], ["eval.py", "--data", "{data}", "--out", "{tmp}"], ["data/safety_rewards/prepare.py", "--labels", "{data}"],
+    ["train_mrm.py", "--objective", "guard", "--data", ".", "--out", "{tmp}/g"],
+])
+def test_without_cuda_every_entry_point_says_so(command, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "response": "b"}\n')
+    args = [arg.format(data=data, tmp=tmp_path) for arg in command]
+    status, _, error = run_script(*args, "--device", "cuda", "--dtype", "bfloat16")
+    assert status == 2 and error.count("\n") == 1 and "device 'cuda' cannot be used on this machine" in error
 
 
 def test_undecodable_standard_input():
