@@ -71,7 +71,7 @@ def evaluate(row, method, width, policy, reward_model, guard, args):
     encode = policy.tokenizer.encode
     prompt = policy.tokenizer.prompt(row["prompt"], hide_prefill=args.hide_prefill)
     prompt.prefill = encode(row["response"])[:args.prefill_tokens]
-    result = SEARCHES[method](policy, reward_model, prompt, width=width, max_new_tokens=args.max_new_tokens,
+    result = SEARCHES[method][0](policy, reward_model, prompt, width=width, max_new_tokens=args.max_new_tokens,
                               min_new_tokens=args.min_new_tokens, top_p=args.top_p, beta=args.beta, seed=args.seed)
     judged = guard.score(TrieCache(guard.llama), [prompt.reward_tokens(guard.template) + result.tokens]).item()
     return {"guard_reward": judged, "asr": judged < 0, "reward": result.reward,

@@ -97,6 +97,11 @@ class Guard(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def unseen(self):
+        """No token: a guard reads what is there and predicts nothing. bool (V,), as an MRM's."""
+        return torch.zeros(self.llama.config.vocab_size, dtype=torch.bool, device=self.llama.device)
+
     def rewards(self, hidden):
         """R of the sequences that end at these hidden states: (..., d) -> (...)."""
         return self.head(hidden).squeeze(-1)

@@ -104,8 +104,8 @@ def load_models(args, methods):
     base = policy if same else load(args.mrm_base)
     check_vocabulary(policy, base)
     guard = load_adapter(args.guard, base, "guard")
-    mrm = load_mrm(args.mrm, base) if "saffron" in methods else None
-    return policy, {"none": None, "best_of_n": guard, "saffron": mrm}, guard
+    mrm = load_mrm(args.mrm, base) if "mrm" in [SEARCHES[method][1] for method in methods] else None
+    return policy, {method: {None: None, "guard": guard, "mrm": mrm}[SEARCHES[method][1]] for method in methods}, guard
 
 
 def run(method, policy, reward_model, guard, prompts, args):
@@ -116,7 +116,7 @@ def run(method, policy, reward_model, guard, prompts, args):
         options["temperature"] = args.temperature
     results, answers = [], []
     for start in range(0, len(prompts), SIDE_BY_SIDE):
-        results += SEARCHES[method](policy, reward_model, prompts[start:start + SIDE_BY_SIDE], **options)
+        results += SEARCHES[method][0](policy, reward_model, prompts[start:start + SIDE_BY_SIDE], **options)
     for text, prompt, result in zip(args.prompts, prompts, results):
         context = prompt.reward_tokens(guard.template)
         judged = guard.score(TrieCache(guard.llama), [context + result.tokens]).item()

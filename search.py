@@ -3,6 +3,10 @@ Searching for a safe reply: each method is one function, all with the same signa
 
     none        no defence: greedy decoding, or sampling
     best_of_n   sample N replies, keep the one that the guard likes best
+    beam        beam search over tokens, steered by the guard
+    rebase      reward-balanced search (Wu et al. 2024, arXiv 2408.00724)
+    deal        decoding-time alignment with a look-ahead (Huang et al. 2024, arXiv 2402.06147)
+    mcts        Monte-Carlo tree search with PUCT (Silver et al. 2017; for text Liu et al. 2023, arXiv 2309.15028)
     saffron     tree search steered by a multifurcation reward model (Qiu et al. 2025, arXiv 2506.06444)
 
     result = saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8)
@@ -24,6 +28,10 @@ import torch
 from model import BadInput
 from mrm import Backbone, same_base
 from trie_cache import TrieCache, compute
+
+REBASE_TEMPERATURE = 1.0        # R is the log-odds of "safe": at 1, expansions are shared in proportion to the odds
+DEAL_LOOK_AHEAD, DEAL_LAMBDA = 4, 1.0
+MCTS_EXPLORATION = 1.0          # P(safe), which it stands beside, is in [0, 1]
 
 
 @dataclass(eq=False)
@@ -63,22 +71,33 @@ class Reader:
 
     def __init__(self, llama, context):
         self.trie, self.context = TrieCache(llama), context
-        self.nodes = {}                                 # the trie's node of each branch that was asked for last
+        self.nodes, self.asked = {}, []                 # the trie's node of each branch it has; those asked for
         self.calls = self.unshared_slots = 0
 
-    def ask(self, branches):
-        """Ask for h(context + reply) of n branches; what no path to them needs is forgotten. The next `compute` reads
-        their new tokens."""
-        new = [(self.nodes[branch.parent], branch.tokens[-1:]) if branch.parent in self.nodes else
-               (self.trie.root, self.context + branch.tokens) for branch in branches]
-        self.trie.keep({node for node, _ in new})
-        self.nodes = {branch: self.trie.insert(*rest) for branch, rest in zip(branches, new)}
+    def ask(self, branches, keep=()):
+        """Ask for h(context + reply) of n branches. The next `compute` reads what is new of them. What is on no path
+        to them, nor to one of `keep`, is forgotten."""
+        known = [self.nearest(branch) for branch in branches]
+        self.trie.keep({node for node, _ in known} | {self.nearest(branch)[0] for branch in keep})
+        self.nodes = {branch: node for branch, node in self.nodes.items() if node.slot is not None}
+        self.asked = [self.trie.insert(*rest) for rest in known]
+        for branch, node in zip(branches, self.asked):
+            while branch is not None and branch not in self.nodes:
+                self.nodes[branch] = node
+                branch, node = branch.parent, node.parent
         self.calls += len(branches)
-        self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in self.nodes.values()))
+        self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in self.asked))
+
+    def nearest(self, branch):
+        """(the node of the longest known beginning of a branch, the tokens from there on)."""
+        tokens = branch.tokens
+        while branch is not None and branch not in self.nodes:
+            branch = branch.parent
+        return (self.nodes[branch], tokens[len(branch.tokens):]) if branch else (self.trie.root, self.context + tokens)
 
     def answer(self):
         """What was asked for, when it is computed: (n, d)."""
-        return self.trie.states(self.nodes.values())
+        return self.trie.states(self.asked)
 
     @property
     def flops(self):
@@ -169,8 +188,9 @@ def nucleus(p, top_p):
 def side_by_side(steps):
     """Make a search of a generator that describes its steps for one prompt.
 
-    The generator yields two lists: the branches that the policy shall read, and those that the reward model shall. It
-    is sent their final hidden states, (n, d) each, and returns the branch that won and the trace. The function made of
+    The generator yields two lists: the branches that the policy shall read, and those that the reward model shall, and
+    perhaps a third: branches that it will go on from later. (Of all others, the paths are forgotten.) It is sent the
+    final hidden states of the first two, (n, d) each, and returns the branch that won and the trace. The function made of
     it takes a prompt, or a list of prompts, whose searches then go on in lockstep: what all of them want read is read
     in one forward pass, for policy and reward model together where these differ in LoRA only. Each prompt has
     tries of its own, so its reply and its stats (but the seconds) are the same as if it were alone.
@@ -193,8 +213,10 @@ def side_by_side(steps):
             for i, answer in list(answers.items()):
                 generator, readers = searches[i]
                 try:
-                    for reader, branches in zip(readers, generator.send(answer)):
-                        reader.ask(branches)
+                    *wanted, keep = (*generator.send(answer), ())[:3]
+                    for reader, branches in zip(readers, wanted):
+                        if branches:
+                            reader.ask(branches, keep)
                 except StopIteration as end:
                     results[i] = finish(policy, *end.value, readers, started)
                     del answers[i]
@@ -245,15 +267,152 @@ def best_of_n(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, t
     """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply)
     wins. beta is not used."""
     trace = yield from sample(policy, width, max_new_tokens, min_new_tokens, top_p, temperature, seed)
-    branches = trace[-1]
-    _, hidden = yield [], branches                                                      # (width, d)
-    for branch, reward in zip(branches, guard.rewards(hidden).tolist()):
-        branch.reward = reward
-    return max(branches, key=lambda branch: branch.reward), trace
+    _, hidden = yield [], trace[-1]                                                     # (width, d)
+    return max(rewarded(trace[-1], guard.rewards(hidden)), key=lambda branch: branch.reward), trace
 
 
 @side_by_side
-def saffron(policy, mrm, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
+def beam(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
+    """Beam search over tokens with the guard as process reward model: of all tokens in the nuclei of all sequences, the
+    `width` whose sequences have the highest R stay, finished or not. Each of them costs a guard call, which is the
+    exploration-efficiency dilemma of the paper. Deterministic; beta and seed are not used."""
+    frontier, trace = [Branch()], []
+    for length in range(max_new_tokens):
+        growing = [branch for branch in frontier if not branch.finished]
+        if not growing:
+            break
+        hidden, _ = yield growing, []
+        logits = next_logits(policy, hidden, length, min_new_tokens)
+        rows, tokens = candidates(logits, guard.unseen, top_p, temperature)
+        children = [extend(policy, growing[row], token) for row, token in zip(rows.tolist(), tokens.tolist())]
+        _, hidden = yield [], children                                                  # (m, d)
+        pool = [branch for branch in frontier if branch.finished] + rewarded(children, guard.rewards(hidden))
+        frontier = sorted(pool, key=lambda branch: -branch.reward)[:width]
+        trace.append(frontier)
+    return frontier[0], trace
+
+
+@side_by_side
+def rebase(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
+    """Reward-balanced search, a token a step: the next `width` expansions are shared among the unfinished sequences in
+    proportion to softmax(R / REBASE_TEMPERATURE), each draws so many different tokens from its nucleus, and
+    the guard scores what comes of it. A finished sequence is set aside and takes one expansion with it. The finished
+    one with the highest R is the reply, else the unfinished one. beta is not used."""
+    generator = torch.Generator().manual_seed(seed)
+    growing, finished, trace = [Branch(reward=0.0)], [], []
+    for length in range(max_new_tokens):
+        hidden, _ = yield growing, []
+        children, logits = [], next_logits(policy, hidden, length, min_new_tokens)
+        counts = shares([branch.reward for branch in growing], width - len(finished))
+        for branch, p, count in zip(growing, probabilities(logits, temperature), counts):
+            inside = nucleus(p, top_p)
+            if count:
+                drawn = torch.multinomial(p[inside].cpu(), min(count, len(inside)), generator=generator)
+                children += [extend(policy, branch, token) for token in inside[drawn.to(inside.device)].tolist()]
+        _, hidden = yield [], children
+        rewarded(children, guard.rewards(hidden))
+        growing = [branch for branch in children if not branch.finished]
+        finished += [branch for branch in children if branch.finished]
+        trace.append(finished + growing)
+        if not growing or len(finished) >= width:
+            break
+    return max(finished or growing, key=lambda branch: branch.reward), trace
+
+
+def shares(rewards, count):
+    """count · softmax(rewards / REBASE_TEMPERATURE) in whole numbers that sum to `count`: rounded down, then one more
+    for those that lost most by it."""
+    exact = count * (torch.tensor(rewards, dtype=torch.float64) / REBASE_TEMPERATURE).softmax(-1)
+    whole = exact.floor()
+    order = (exact - whole).argsort(descending=True, stable=True)
+    whole[order[:count - int(whole.sum())]] += 1
+    return whole.int().tolist()
+
+
+@side_by_side
+def deal(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
+    """Decoding-time alignment: each of the `width` most likely tokens a is continued greedily for DEAL_LOOK_AHEAD
+    tokens, the guard scores the end of that, and the token with the highest
+    log π(a | s) + DEAL_LAMBDA · R(s·a·look-ahead) is taken. Deterministic; top_p, temperature, beta and seed are not
+    used. Reward of a branch: that score."""
+    branch, ends, trace = Branch(), [], []
+    while len(branch.tokens) < max_new_tokens and not branch.finished:
+        earlier = ends                                      # one of which may be the beginning of a new look-ahead
+        hidden, _ = yield [branch], [], earlier
+        logits = next_logits(policy, hidden, len(branch.tokens), min_new_tokens)
+        log_p, tokens = logits[0].log_softmax(-1).topk(min(width, logits.shape[-1]))    # (width,) each
+        children = [extend(policy, branch, token) for token, p in zip(tokens.tolist(), log_p.tolist()) if p > -math.inf]
+        ends = children
+        for _ in range(DEAL_LOOK_AHEAD):
+            growing = [end for end in ends if not end.finished and len(end.tokens) < max_new_tokens]
+            if not growing:
+                break
+            hidden, _ = yield growing, [], ends + earlier
+            logits = next_logits(policy, hidden, len(growing[0].tokens), min_new_tokens)
+            after = {end: extend(policy, end, token) for end, token in zip(growing, logits.argmax(-1).tolist())}
+            ends = [after.get(end, end) for end in ends]
+        _, hidden = yield [], ends, earlier                                             # (width, d)
+        rewarded(children, log_p[:len(children)] + DEAL_LAMBDA * guard.rewards(hidden))
+        branch = max(children, key=lambda child: child.reward)
+        trace.append([branch])
+    return branch, trace
+
+
+@dataclass(eq=False)
+class Choice:
+    """A node of the tree of mcts: a branch, the policy's probability of its last token, and what came of it."""
+    branch: Branch
+    prior: float = 1.0
+    visits: int = 0
+    value: float = 0.0                              # the sum over its visits of P(safe) = sigmoid(R) at the leaf
+    children: list = field(default_factory=list)
+
+    def puct(self, child):
+        """Mean value + MCTS_EXPLORATION · prior · sqrt(visits here) / (1 + visits there), of a child."""
+        mean = child.value / child.visits if child.visits else 0.0
+        return mean + MCTS_EXPLORATION * child.prior * math.sqrt(self.visits) / (1 + child.visits)
+
+
+@side_by_side
+def mcts(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
+    """Monte-Carlo tree search, `width` simulations a token. A simulation goes down from the reply so far by the highest
+    PUCT, has the policy's nucleus as children of the leaf it comes to (probabilities as priors), and adds the guard's
+    P(safe) of that leaf to all nodes on its way. Then the child with most visits is taken (equal ones: by prior)
+    and its part of the tree kept. Deterministic; beta and seed are not used."""
+    root, read, trace = Choice(Branch()), [], []
+    while len(root.branch.tokens) < max_new_tokens and not root.branch.finished:
+        for _ in range(width):
+            path = [root]
+            while path[-1].children:
+                path.append(max(path[-1].children, key=path[-1].puct))
+            leaf, branch = path[-1], path[-1].branch
+            if branch.reward is None:                       # else a leaf that nothing can follow, come to once more
+                open_ended = not branch.finished and len(branch.tokens) < max_new_tokens
+                hidden, reward_hidden = yield [branch] if open_ended else [], [branch], read
+                rewarded([branch], guard.rewards(reward_hidden))
+                read.append(branch)
+                if open_ended:
+                    logits = next_logits(policy, hidden, len(branch.tokens), min_new_tokens)
+                    p = probabilities(logits, temperature)[0]
+                    inside = nucleus(p, top_p)
+                    priors = (p[inside] / p[inside].sum()).tolist()
+                    leaf.children = [Choice(extend(policy, branch, token), prior)
+                                     for token, prior in zip(inside.tolist(), priors)]
+            for choice in path:
+                choice.visits += 1
+                choice.value += 1 / (1 + math.exp(-branch.reward))
+        root = max(root.children, key=lambda child: (child.visits, child.prior))
+        read = [branch for branch in read if branch.tokens[:len(root.branch.tokens)] == root.branch.tokens]
+        trace.append([root.branch])
+    if root.branch.reward is None:                          # no simulation came to the last token
+        _, hidden = yield [], [root.branch]
+        rewarded([root.branch], guard.rewards(hidden))
+    return root.branch, trace
+
+
+@side_by_side
+def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0,
+            seed=0):
     """Tree search with a multifurcation reward model (the paper's Saffron-1). Deterministic: seed is not used.
 
     A step asks the policy and the MRM once for each unfinished sequence s of the frontier (all in one forward pass),
@@ -263,26 +422,45 @@ def saffron(policy, mrm, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p
 
     beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(a | s), π the policy: where many tokens
     are about equally safe, what the policy would say decides, and the reply stays fluent.
+
+    With a guard in place of the MRM it is the very same search at the price that the MRM saves: R(s·a) costs one
+    call of the guard for each candidate.
     """
+    multifurcation = reward_model.kind == "mrm"
     frontier, trace = [Branch()], []
     for length in range(max_new_tokens):
         growing = [branch for branch in frontier if not branch.finished]
         if not growing:
             break
-        hidden, mrm_hidden = yield growing, growing                                     # (n, d) each
+        hidden, reward_hidden = yield growing, growing if multifurcation else []        # (n, d) each
         logits = next_logits(policy, hidden, length, min_new_tokens)                    # (n, V)
-        rows, tokens = candidates(logits, mrm.unseen, top_p, temperature)               # (m,) each
-        # M_cons(s)_a for the candidates; of the other entries of M(s), none is needed.
-        rewards = mrm.child_rewards(mrm_hidden[rows], tokens)                           # (m,)
+        rows, tokens = candidates(logits, reward_model.unseen, top_p, temperature)      # (m,) each
+        children = [extend(policy, growing[row], token) for row, token in zip(rows.tolist(), tokens.tolist())]
+        if multifurcation:
+            # M_cons(s)_a for the candidates; of the other entries of M(s), none is needed.
+            rewards = reward_model.child_rewards(reward_hidden[rows], tokens)           # (m,)
+        else:
+            _, reward_hidden = yield [], children
+            rewards = reward_model.rewards(reward_hidden)                               # R(s·a): (m,)
         if beta:
             rewards = rewards + beta * (logits[rows, tokens] - logits.logsumexp(-1)[rows])
-        best = rewards.argsort(descending=True, stable=True)[:width]        # ties: in frontier and nucleus order
-        best = [extend(policy, growing[row], token, reward) for row, token, reward in
-                zip(rows[best].tolist(), tokens[best].tolist(), rewards[best].tolist())]
-        frontier = [branch for branch in frontier if branch.finished] + best
-        frontier = sorted(frontier, key=lambda branch: (not branch.finished, -branch.reward))[:width]
+        frontier = best([branch for branch in frontier if branch.finished], rewarded(children, rewards), width)
         trace.append(frontier)
     return frontier[0], trace
+
+
+def rewarded(branches, rewards):
+    """The branches, each with its reward: (m,)."""
+    for branch, reward in zip(branches, rewards.tolist()):
+        branch.reward = reward
+    return branches
+
+
+def best(finished, candidates, width):
+    """The next frontier: the `width` candidates with the highest reward, equal ones as they stand; after that, what is
+    finished stands first."""
+    kept = sorted(candidates, key=lambda branch: -branch.reward)[:width]
+    return sorted(finished + kept, key=lambda branch: (not branch.finished, -branch.reward))[:width]
 
 
 def candidates(logits, unseen, top_p, temperature):
@@ -330,4 +508,7 @@ def extend(policy, branch, token, reward=None):
     return Branch(branch.tokens + [token], reward, token in policy.config.eos_token_ids, branch)
 
 
-SEARCHES = {"none": none, "best_of_n": best_of_n, "saffron": saffron}
+# name -> (search, the kind of reward model it takes)
+SEARCHES = {"none": (none, None), "best_of_n": (best_of_n, "guard"), "beam": (beam, "guard"), "rebase": (rebase, "guard"),
+            "deal": (deal, "guard"), "mcts": (mcts, "guard"), "saffron": (saffron, "mrm"),
+            "saffron_guard": (saffron, "guard")}

@@ -148,6 +148,7 @@ class TrieCache:
             self.leaves.remove(node)
             while node is not self.root and not node.children and node not in nodes:
                 heapq.heappush(self.free, node.slot)
+                node.slot = None                            # whoever still holds this node can see it
                 del node.parent.children[node.token]
                 node = node.parent
             if node in nodes and not node.children:

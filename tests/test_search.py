@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import BadInput, Prompt, Template
 from mrm import MRM, Guard, add_lora, same_base, trained_tensors
-from search import SEARCHES, best_of_n, candidates, none, nucleus, saffron
+from search import (DEAL_LAMBDA, DEAL_LOOK_AHEAD, MCTS_EXPLORATION, SEARCHES, Reader, best_of_n, candidates, none, nucleus,
+                    saffron, shares)
 from trie_cache import TrieCache
 
 
@@ -23,7 +25,7 @@ def tiny_scalar_guard(tiny_guard, golden_search):
 
 
 def reward_model_of(method, mrm, guard):
-    return {"none": None, "best_of_n": guard, "saffron": mrm}[method]
+    return {None: None, "guard": guard, "mrm": mrm}[SEARCHES[method][1]]
 
 
 @pytest.mark.parametrize("case", range(14))
@@ -131,11 +133,11 @@ def test_finished_replies_stay_first_and_the_best_wins(tiny_policy, tiny_mrm):
 @pytest.mark.parametrize("method", SEARCHES)
 def test_same_seed_same_reply_and_no_early_end(method, tiny_policy, tiny_mrm, tiny_scalar_guard):
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
-    run = lambda seed: SEARCHES[method](tiny_policy, reward_model, Prompt([5, 6, 7]), width=4, max_new_tokens=20,
+    run = lambda seed: SEARCHES[method][0](tiny_policy, reward_model, Prompt([5, 6, 7]), width=4, max_new_tokens=20,
                                         min_new_tokens=10, top_p=0.9, temperature=1.0, seed=seed)
     first, again, other = run(1), run(1), run(2)
     assert (first.tokens, first.reward) == (again.tokens, again.reward)
-    assert (first.tokens == other.tokens) == (method == "saffron")
+    assert (first.tokens == other.tokens) == (method in ("beam", "deal", "mcts", "saffron", "saffron_guard"))
     assert 7 not in first.tokens[:10] and first.tokens[-1] == 7 or len(first.tokens) == 20
     assert first.tokens in [b.tokens for b in first.trace[-1]] and len(first.trace) <= 20
 
@@ -203,7 +205,7 @@ def test_flops_agree_with_torchs_own_count(method, tiny_policy, tiny_mrm, tiny_s
     attention only where that is written as plain products.)"""
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        result = SEARCHES[method](tiny_policy, reward_model, Prompt([1, 2]), width=1, max_new_tokens=3)
+        result = SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2]), width=1, max_new_tokens=3, top_p=1e-3)
     assert result.stats.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -217,7 +219,7 @@ def test_flops_agree_with_torchs_own_count(method, tiny_policy, tiny_mrm, tiny_s
 def test_bad_values_are_refused(method, options, said, tiny_policy, tiny_mrm, tiny_scalar_guard):
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
     with pytest.raises(BadInput, match=said):
-        SEARCHES[method](tiny_policy, reward_model, Prompt([1, 2, 3, 4, 5]), **options)
+        SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2, 3, 4, 5]), **options)
 
 
 def test_two_vocabularies_are_refused(tiny_policy, smollm2):
@@ -229,14 +231,14 @@ def test_two_vocabularies_are_refused(tiny_policy, smollm2):
 @pytest.mark.parametrize("method", SEARCHES)
 def test_prompts_side_by_side_are_searched_as_if_alone(method, tiny_policy, tiny_mrm, tiny_scalar_guard, monkeypatch):
     """The same replies, rewards, trees and costs, with prompts of other lengths beside, some of which end early."""
-    monkeypatch.setattr(tiny_policy.config, "eos_token_ids", tuple(range(0, 512, 8)))       # so that many do
+    monkeypatch.setattr(tiny_policy.config, "eos_token_ids", tuple(range(0, 512, 4)))       # so that many do
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
     prompts = [Prompt([5, 6, 7], [8]), Prompt(list(range(40, 80))), Prompt([9]), Prompt([5, 6, 7], [8, 9], True)]
-    options = dict(width=3, max_new_tokens=12, min_new_tokens=2, top_p=0.95, temperature=1.0, seed=3)
-    together = SEARCHES[method](tiny_policy, reward_model, prompts, **options)
+    options = dict(width=8, max_new_tokens=12, min_new_tokens=2, top_p=0.95, temperature=1.0, seed=3)
+    together = SEARCHES[method][0](tiny_policy, reward_model, prompts, **options)
     assert len({len(r.tokens) for r in together}) > 1 and len(together) == 4
     for prompt, got in zip(prompts, together):
-        alone = SEARCHES[method](tiny_policy, reward_model, prompt, **options)
+        alone = SEARCHES[method][0](tiny_policy, reward_model, prompt, **options)
         frontiers = lambda r: [[b.tokens for b in frontier] for frontier in r.trace]
         assert (got.tokens, got.finished, frontiers(got)) == (alone.tokens, alone.finished, frontiers(alone))
         assert got.reward == (None if method == "none" else pytest.approx(alone.reward, abs=1e-9))
@@ -272,3 +274,156 @@ def test_a_frontier_is_read_without_walking_its_past(tiny_policy, tiny_mrm, monk
     monkeypatch.setattr(TrieCache, "insert", lambda self, node, tokens: lengths.append(len(tokens)) or insert(self, node, tokens))
     saffron(tiny_policy, tiny_mrm, Prompt([1] * 50), width=3, max_new_tokens=10, min_new_tokens=10)
     assert all(n > 50 for n in lengths[:2]) and set(lengths[2:]) == {1}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the other searches, each against its description written out without cache, batch or shortcut
+
+class Plain:
+    """Policy and guard of one prompt, asked one sequence at a time."""
+
+    def __init__(self, policy, guard, prompt, least):
+        self.policy, self.guard, self.least = policy, guard, least
+        self.before = prompt.policy_tokens(policy.template), prompt.reward_tokens(guard.template)
+        self.eos, self.calls = policy.config.eos_token_ids, 0
+
+    def p(self, reply):
+        logits = self.policy.logits(self.policy(torch.tensor([self.before[0] + reply]))[0, -1])
+        if len(reply) < self.least:
+            logits[list(self.eos)] = -math.inf
+        return logits.softmax(-1)
+
+    def nucleus(self, reply, top_p):
+        """[(token, probability)], most likely first."""
+        mass, kept = 0.0, []
+        for token, p in sorted(enumerate(self.p(reply).tolist()), key=lambda x: -x[1]):
+            if mass < top_p:
+                kept.append((token, p))
+            mass += p
+        return kept
+
+    def reward(self, reply):
+        self.calls += 1
+        return self.guard.rewards(self.guard.llama(torch.tensor([self.before[1] + reply]))[0, -1]).item()
+
+    def ended(self, reply):
+        return bool(reply) and reply[-1] in self.eos
+
+
+@pytest.fixture
+def plain(tiny_policy, tiny_scalar_guard, monkeypatch):
+    monkeypatch.setattr(tiny_policy.config, "eos_token_ids", tuple(range(0, 512, 6)))       # so that replies end
+    return Plain(tiny_policy, tiny_scalar_guard, Prompt([5, 6, 7], [8]), least=2)
+
+
+def found(method, plain, width, top_p=0.7, length=7, seed=0):
+    return SEARCHES[method][0](plain.policy, plain.guard, Prompt([5, 6, 7], [8]), width=width, max_new_tokens=length,
+                               min_new_tokens=plain.least, top_p=top_p, seed=seed)
+
+
+@pytest.mark.parametrize("method", ["beam", "saffron_guard"])
+@pytest.mark.parametrize("width, top_p", [(1, 0.7), (3, 0.7), (5, 0.1)])
+def test_beam_and_saffron_with_a_guard_score_every_candidate(plain, method, width, top_p):
+    """beam keeps what has the highest R; saffron takes as many of the candidates, and then puts first what is
+    finished. One guard call a candidate."""
+    result, frontier = found(method, plain, width, top_p), [([], 0.0)]
+    for got in result.trace:
+        pool = [(r + [token], plain.reward(r + [token]))
+                for r, _ in frontier if not plain.ended(r) for token, _ in plain.nucleus(r, top_p)]
+        finished = [x for x in frontier if plain.ended(x[0])]
+        if method == "beam":
+            frontier = sorted(finished + pool, key=lambda x: -x[1])[:width]
+        else:
+            frontier = finished + sorted(pool, key=lambda x: -x[1])[:width]
+            frontier = sorted(frontier, key=lambda x: (not plain.ended(x[0]), -x[1]))[:width]
+        assert [b.tokens for b in got] == [tokens for tokens, _ in frontier]
+    assert result.tokens == frontier[0][0] and result.reward == pytest.approx(frontier[0][1], abs=1e-9)
+    assert result.stats.reward_calls == plain.calls >= len(result.trace)
+
+
+def test_shares_are_whole_and_in_proportion():
+    assert shares([0.0, 0.0], 5) == [3, 2]                                      # equal: the first gets the odd one
+    assert shares([math.log(6), math.log(3), math.log(1)], 10) == [6, 3, 1]     # odds 6 : 3 : 1
+    assert shares([50.0, 0.0, 0.0], 4) == [4, 0, 0] and shares([1.0], 7) == [7]
+    for seed in range(50):
+        rewards = torch.randn(6, generator=torch.Generator().manual_seed(seed)) * 2
+        counts, exact = shares(rewards.tolist(), 16), 16 * rewards.double().softmax(-1)
+        assert sum(counts) == 16 and all(abs(n - x) < 1 for n, x in zip(counts, exact.tolist()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rebase_shares_its_expansions_by_reward(plain, seed):
+    width, top_p = 6, 0.7
+    result = found("rebase", plain, width, top_p, seed=seed)
+    growing, finished = [([], 0.0)], []
+    for got in result.trace:
+        counts = shares([reward for _, reward in growing], width - len(finished))
+        new = [b for b in got if b.tokens not in [r for r, _ in finished]]
+        for (reply, _), count in zip(growing, counts):
+            inside, mine = dict(plain.nucleus(reply, top_p)), [b.tokens[-1] for b in new if b.tokens[:-1] == reply]
+            assert len(mine) == len(set(mine)) == min(count, len(inside)) and set(mine) <= inside.keys()
+        rewards = {tuple(b.tokens): plain.reward(b.tokens) for b in new}
+        assert all(b.reward == pytest.approx(rewards[tuple(b.tokens)], abs=1e-9) for b in new)
+        finished += [(b.tokens, b.reward) for b in new if b.finished]
+        growing = [(b.tokens, b.reward) for b in new if not b.finished]
+    assert (result.tokens, result.reward) == max(finished or growing, key=lambda x: x[1])
+    assert result.stats.reward_calls == plain.calls
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_deal_looks_ahead_greedily(plain, width):
+    result, reply, length = found("deal", plain, width), [], 7
+    while len(reply) < length and not plain.ended(reply):
+        p, scores = plain.p(reply), []
+        for token in sorted(range(512), key=lambda token: -p[token])[:width]:
+            end = reply + [token]
+            for _ in range(DEAL_LOOK_AHEAD):
+                if len(end) < length and not plain.ended(end):
+                    end = end + [plain.p(end).argmax().item()]
+            scores.append((p[token].log().item() + DEAL_LAMBDA * plain.reward(end), token))
+        reply = reply + [max(scores)[1]]
+    assert result.tokens == reply and result.reward == pytest.approx(max(scores)[0], abs=1e-9)
+    assert result.stats.reward_calls == plain.calls == width * len(reply)
+
+
+@pytest.mark.parametrize("width", [1, 3, 10])
+def test_mcts_goes_where_puct_leads(plain, width):
+    result, reply, length, top_p = found("mcts", plain, width), [], 7, 0.7
+    visits, value, prior, children, rewards = Counter(), Counter(), {}, {}, {}
+    while len(reply) < length and not plain.ended(reply):
+        for _ in range(width):
+            path = [tuple(reply)]
+            while children.get(path[-1]):
+                s = path[-1]
+                path.append(max(children[s], key=lambda c: (value[c] / visits[c] if visits[c] else 0)
+                                + MCTS_EXPLORATION * prior[c] * visits[s] ** 0.5 / (1 + visits[c])))
+            leaf = list(path[-1])
+            if path[-1] not in rewards:
+                rewards[path[-1]] = plain.reward(leaf)
+                if len(leaf) < length and not plain.ended(leaf):
+                    inside = plain.nucleus(leaf, top_p)
+                    children[path[-1]] = [(*leaf, token) for token, _ in inside]
+                    prior |= {(*leaf, token): p / sum(p for _, p in inside) for token, p in inside}
+            for s in path:
+                visits[s] += 1
+                value[s] += 1 / (1 + math.exp(-rewards[path[-1]]))
+        reply = list(max(children[tuple(reply)], key=lambda c: (visits[c], prior[c])))
+    if tuple(reply) not in rewards:
+        rewards[tuple(reply)] = plain.reward(reply)
+    assert result.tokens == reply and result.reward == pytest.approx(rewards[tuple(reply)], abs=1e-9)
+    assert result.stats.reward_calls == plain.calls
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_every_search_computes_each_prefix_once(method, plain, tiny_mrm, monkeypatch):
+    """In the trie of each model, over the whole search: what is forgotten is not asked for again."""
+    reward_model, asked = reward_model_of(method, tiny_mrm, plain.guard), {}
+    ask = Reader.ask
+    monkeypatch.setattr(Reader, "ask", lambda self, branches, keep=(): asked.setdefault(self, []).extend(
+        self.context + b.tokens for b in branches) or ask(self, branches, keep))
+    result = SEARCHES[method][0](plain.policy, reward_model, Prompt([5, 6, 7]), width=4, max_new_tokens=8, min_new_tokens=2)
+    distinct = {reader: {tuple(s[:i + 1]) for s in sequences for i in range(len(s))} for reader, sequences in asked.items()}
+    assert result.stats.tokens_computed == sum(map(len, distinct.values()))
+    assert result.stats.tokens_cached == sum(len(s) for sequences in asked.values() for s in sequences) - sum(
+        map(len, distinct.values()))
+    assert len(asked) == 1 + (method != "none") and 0 < result.stats.peak_kv_bytes < result.stats.unshared_kv_bytes * 6
