@@ -93,7 +93,8 @@ def prepare_default_weights(folder):
 
 
 def load_models(args, methods):
-    """The policy, and the reward model that each method needs; guard and MRM share what they can with the policy."""
+    """The policy, the base of the adapters (the policy itself where that is the same folder), the guard, and the reward
+    model that each method takes."""
     load = lambda folder: Llama.load(folder, getattr(torch, args.dtype), args.device)
     for folder in (args.policy, args.mrm_base):
         prepare_default_weights(folder)
@@ -105,7 +106,7 @@ def load_models(args, methods):
     check_vocabulary(policy, base)
     guard = load_adapter(args.guard, base, "guard")
     mrm = load_mrm(args.mrm, base) if "mrm" in [SEARCHES[method][1] for method in methods] else None
-    return policy, {method: {None: None, "guard": guard, "mrm": mrm}[SEARCHES[method][1]] for method in methods}, guard
+    return policy, base, guard, {method: {None: None, "guard": guard, "mrm": mrm}[SEARCHES[method][1]] for method in methods}
 
 
 def run(method, policy, reward_model, guard, prompts, args):
@@ -180,7 +181,7 @@ def main():
         methods = list(dict.fromkeys(["none", args.safety]))
     else:
         methods = [args.safety]
-    policy, reward_models, guard = load_models(args, methods)
+    policy, _, guard, reward_models = load_models(args, methods)
     prompts = [policy.tokenizer.prompt(text, args.prefill, args.hide_prefill) for text in args.prompts]
     if not args.json:
         print(f"model:   {policy.config.name}")

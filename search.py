@@ -50,7 +50,9 @@ class Stats:
     reward_calls: int = 0
     tokens_computed: int = 0            # tokens that went through a model, policy and reward model together
     tokens_cached: int = 0              # tokens of requested sequences that a trie gave without computing them
-    flops: int = 0                      # multiply-adds count as two
+    flops: int = 0                      # both models' together; multiply-adds count as two
+    policy_flops: int = 0
+    reward_flops: int = 0               # the guard's or the MRM's
     seconds: float = 0.0
     peak_kv_bytes: int = 0              # keys and values in the tries, at their most
     unshared_kv_bytes: int = 0          # the same if each sequence had kept a copy of its own
@@ -103,6 +105,8 @@ class Reader:
     def flops(self):
         """FLOPs so far without the head, where a multiply-add counts as two:
         2 · linear weights (LoRA's included) · tokens + 4 · layers · heads · head_dim · (query, key) pairs.
+        The policy's head adds 2 · d · V a call (`finish`). Of a guard's or an MRM's, no more is computed than one
+        row for each reward that is asked for: 2 · d, which is not counted.
         """
         llama, config = self.trie.model, self.trie.model.config
         weights = config.linear_params + sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)
@@ -235,12 +239,14 @@ def finish(policy, branch, trace, readers, started):
     """The Result for the winning branch, with what the readers have cost."""
     reader, rewards = readers[0], readers[1:]
     total = lambda value: sum(map(value, readers))
+    policy_flops = reader.flops + 2 * reader.calls * policy.config.hidden_size * policy.config.vocab_size
+    reward_flops = sum(r.flops for r in rewards)
     stats = Stats(
         policy_calls=reader.calls,
         reward_calls=sum(r.calls for r in rewards),
         tokens_computed=total(lambda r: r.trie.computed),
         tokens_cached=total(lambda r: r.trie.cached),
-        flops=total(lambda r: r.flops) + 2 * reader.calls * policy.config.hidden_size * policy.config.vocab_size,
+        flops=policy_flops + reward_flops, policy_flops=policy_flops, reward_flops=reward_flops,
         seconds=time.perf_counter() - started,
         peak_kv_bytes=total(lambda r: r.trie.peak_slots * r.trie.bytes_per_slot),
         unshared_kv_bytes=total(lambda r: r.unshared_slots * r.trie.bytes_per_slot))

@@ -207,6 +207,8 @@ def test_flops_agree_with_torchs_own_count(method, tiny_policy, tiny_mrm, tiny_s
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2]), width=1, max_new_tokens=3, top_p=1e-3)
     assert result.stats.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert result.stats.flops == result.stats.policy_flops + result.stats.reward_flops
+    assert (result.stats.reward_flops == 0) == (method == "none") and result.stats.policy_flops > 0
 
 
 @pytest.mark.parametrize("options, said", [

@@ -5,7 +5,8 @@ Labelled replies, to train and validate the guard: JailbreakBench, XSTest, DiaSa
 
 Writes train.jsonl and val.jsonl beside this file, one object a line:
     {"source": ..., "prompt": ..., "response": ..., "unsafe": 0 or 1}, some with a "prefill": ... before the response
-and attack.jsonl, the 40 held-out requests that eval.py attacks with. readme.md there names publishers, licences and
+and, for eval.py, attack.jsonl, 40 held-out requests, and harmless.jsonl, 40 prompts that should be answered. judge/train.jsonl and judge/val.jsonl are for an
+independent judge: nothing that it learns from is in train.jsonl. readme.md there names publishers, licences and
 how each label was derived. WARNING: harmful and offensive text.
 """
 
@@ -209,6 +210,15 @@ def validation(rows, train):
     return [r for r in rows if r["response"] and (r["prompt"], r["response"]) not in known]
 
 
+def judge_rows(jbb_val, xs_val, dia_train, prompts, pick):
+    """What the judge learns from: what is held out from the guard, and three of four rows of DiaSafety, the fourth of
+    which is the guard's (train_mrm.py --weights '{"diasafety": 0.25}' takes each fourth). Turns and babble as above."""
+    replies = [r for r in jbb_val + xs_val if r["response"]]
+    refusals = [r["response"] for r in xs_val if prompts[r["prompt"]] and not r["unsafe"]]
+    return (replies + [r for i, r in enumerate(dia_train) if i % 4 != 3] + turned(replies, refusals, 400, pick)
+            + babble(replies, 150, pick))
+
+
 def main():
     parser = argparse.ArgumentParser(description="Collect labelled replies to train and validate the guard.")
     parser.add_argument("--from", dest="local", help="a folder with the publishers' files, instead of downloading")
@@ -219,11 +229,17 @@ def main():
     requests = advbench(read, held_out_goals)
     openings, pick = complied(prompts, requests), random.Random(0)
     replies = jbb_train + xs_train + requests + openings
-    train = (replies + diasafety(read, "train") + refused(requests, refusals) + turned(replies, refusals, 1500, pick)
+    dia_train = diasafety(read, "train")
+    train = (replies + dia_train + refused(requests, refusals) + turned(replies, refusals, 1500, pick)
              + babble(replies, 600, pick))
     val = validation(jbb_val + xs_val + diasafety(read, "val") + diasafety(read, "test"), train)
+    judge = judge_rows(jbb_val, xs_val, dia_train, prompts, random.Random(1))
+    judge_val = validation(jbb_train + xs_train + refused(requests, refusals) + diasafety(read, "test"), judge)
+    (HERE / "judge").mkdir(exist_ok=True)
     write_jsonl(attacks(val), HERE / "attack.jsonl")
-    for name, rows in (("train", train), ("val", val)):
+    safe = [prompt for prompt, unsafe in prompts.items() if not unsafe]
+    write_jsonl([{"prompt": prompt, "category": "harmless"} for prompt in safe[::len(safe) // 40][:40]], HERE / "harmless.jsonl")
+    for name, rows in (("train", train), ("val", val), ("judge/train", judge), ("judge/val", judge_val)):
         write_jsonl(rows, HERE / f"{name}.jsonl")
         for source in dict.fromkeys(r["source"] for r in rows):
             labels = [r["unsafe"] for r in rows if r["source"] == source]
