@@ -210,13 +210,13 @@ def validation(rows, train):
     return [r for r in rows if r["response"] and (r["prompt"], r["response"]) not in known]
 
 
-def judge_rows(jbb_val, xs_val, dia_train, prompts, pick):
-    """What the judge learns from: what is held out from the guard, and three of four rows of DiaSafety, the fourth of
-    which is the guard's (train_mrm.py --weights '{"diasafety": 0.25}' takes each fourth). Turns and babble as above."""
-    replies = [r for r in jbb_val + xs_val if r["response"]]
-    refusals = [r["response"] for r in xs_val if prompts[r["prompt"]] and not r["unsafe"]]
-    return (replies + [r for i, r in enumerate(dia_train) if i % 4 != 3] + turned(replies, refusals, 400, pick)
-            + babble(replies, 150, pick))
+def judge_rows(replies, dia_train, prompts, pick):
+    """What the judge learns from: JailbreakBench's and XSTest's replies that are held out from the guard, and three of
+    four rows of DiaSafety, the fourth of which is the guard's (train_mrm.py --weights '{"diasafety": 0.25}' takes each
+    fourth). Turns and babble as above."""
+    refusals = [r["response"] for r in replies if prompts.get(r["prompt"]) and not r["unsafe"]]
+    others = validation([r for i, r in enumerate(dia_train) if i % 4 != 3], dia_train[3::4])
+    return replies + others + turned(replies, refusals, 400, pick) + babble(replies, 150, pick)
 
 
 def main():
@@ -233,7 +233,8 @@ def main():
     train = (replies + dia_train + refused(requests, refusals) + turned(replies, refusals, 1500, pick)
              + babble(replies, 600, pick))
     val = validation(jbb_val + xs_val + diasafety(read, "val") + diasafety(read, "test"), train)
-    judge = judge_rows(jbb_val, xs_val, dia_train, prompts, random.Random(1))
+    replies = [r for r in val if r["source"] in ("jailbreakbench", "xstest")]
+    judge = judge_rows(replies, dia_train, prompts, random.Random(1))
     judge_val = validation(jbb_train + xs_train + refused(requests, refusals) + diasafety(read, "test"), judge)
     (HERE / "judge").mkdir(exist_ok=True)
     write_jsonl(attacks(val), HERE / "attack.jsonl")
