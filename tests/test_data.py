@@ -137,7 +137,7 @@ def test_the_judge_learns_from_nothing_that_the_guard_learns_from(labelled):
     pair = lambda r: (r["prompt"], r.get("prefill", ""), r["response"])
     assert not {pair(r) for r in judge} & {pair(r) for r in rows} and not {pair(r) for r in judge} & {pair(r) for r in judge_val}
     assert {r["source"] for r in judge} == {"jailbreakbench", "xstest", "diasafety", "turned", "babble"}
-    assert len([r for r in judge_val if r["source"] == "jailbreakbench"]) > 1200
+    assert len([r for r in judge_val if r["source"] == "jailbreakbench"]) > 400
 
 
 def test_harmless_prompts_are_safe_ones(labelled):

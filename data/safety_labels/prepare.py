@@ -235,7 +235,7 @@ def main():
     val = validation(jbb_val + xs_val + diasafety(read, "val") + diasafety(read, "test"), train)
     replies = [r for r in val if r["source"] in ("jailbreakbench", "xstest")]
     judge = judge_rows(replies, dia_train, prompts, random.Random(1))
-    judge_val = validation(jbb_train + xs_train + refused(requests, refusals) + diasafety(read, "test"), judge)
+    judge_val = validation((jbb_train + xs_train + refused(requests, refusals) + diasafety(read, "test"))[::3], judge)
     (HERE / "judge").mkdir(exist_ok=True)
     write_jsonl(attacks(val), HERE / "attack.jsonl")
     safe = [prompt for prompt, unsafe in prompts.items() if not unsafe]
