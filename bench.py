@@ -72,10 +72,11 @@ def reference(policy, mrm, prompt, width, max_new_tokens, min_new_tokens, top_p=
     for length in range(max_new_tokens):
         h_policy, h_mrm = (cache.read(tokens, parents) for cache, tokens in zip(caches, new))
         logits, m_cons = next_logits(policy, h_policy, length, min_new_tokens), mrm.conservative_rewards(h_mrm)
-        pool = [(m_cons[i, token].item(), i, token) for i, token in
-                zip(*(x.tolist() for x in candidates(logits, mrm.unseen, top_p, 1.0)))]
-        pool = sorted(pool, key=lambda candidate: -candidate[0])[:width]
-        best = [(extend(policy, growing[i], token, reward), i) for reward, i, token in pool]
+        rows, tokens = candidates(logits, mrm.unseen, top_p, 1.0)
+        pool = [(extend(policy, growing[i], token), i) for i, token in zip(rows.tolist(), tokens.tolist())]
+        for (branch, _), reward in zip(pool, m_cons[rows, tokens].tolist()):
+            branch.reward = reward
+        best = sorted(pool, key=lambda item: -item[0].reward)[:width]
         frontier = [(branch, None) for branch, _ in frontier if branch.finished] + best
         frontier = sorted(frontier, key=lambda item: (not item[0].finished, -item[0].reward))[:width]
         growing = [branch for branch, _ in frontier if not branch.finished]

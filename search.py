@@ -38,9 +38,10 @@ MCTS_EXPLORATION = 1.0          # P(safe), which it stands beside, is in [0, 1]
 class Branch:
     """A reply under way: a node of the search tree."""
     tokens: list = field(default_factory=list)      # reply tokens, end-of-sequence included
-    reward: float | None = None                     # what the search ranks it by: R, or M (plus beta · log π)
+    reward: float | None = None                     # R of it, or what M predicted for it
     finished: bool = False                          # whether its last token is end-of-sequence
     parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
+    log_prob: float = 0.0                           # log π of all its tokens, where the search adds it up
 
 
 @dataclass
@@ -426,8 +427,9 @@ def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=
     s·a with the highest M(s)_a; equal ones by frontier order, then by the policy's probability. One that ends is
     finished: it stays, and stands before the unfinished. The first of the last frontier is the reply.
 
-    beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(a | s), π the policy: where many tokens
-    are about equally safe, what the policy would say decides, and the reply stays fluent.
+    beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's probability of
+    the whole reply so far: where many replies are about equally safe, what the policy would say decides. (This is the
+    objective of reward maximization with a KL penalty towards the policy, looked for by search.)
 
     With a guard in place of the MRM it is the very same search at the price that the MRM saves: R(s·a) costs one
     call of the guard for each candidate.
@@ -441,16 +443,16 @@ def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=
         hidden, reward_hidden = yield growing, growing if multifurcation else []        # (n, d) each
         logits = next_logits(policy, hidden, length, min_new_tokens)                    # (n, V)
         rows, tokens = candidates(logits, reward_model.unseen, top_p, temperature)      # (m,) each
-        children = [extend(policy, growing[row], token) for row, token in zip(rows.tolist(), tokens.tolist())]
+        log_p = logits[rows, tokens] - logits.logsumexp(-1)[rows]                       # log π(a | s): (m,)
+        children = [extend(policy, growing[row], token, log_p=p)
+                    for row, token, p in zip(rows.tolist(), tokens.tolist(), log_p.tolist())]
         if multifurcation:
             # M_cons(s)_a for the candidates; of the other entries of M(s), none is needed.
             rewards = reward_model.child_rewards(reward_hidden[rows], tokens)           # (m,)
         else:
             _, reward_hidden = yield [], children
             rewards = reward_model.rewards(reward_hidden)                               # R(s·a): (m,)
-        if beta:
-            rewards = rewards + beta * (logits[rows, tokens] - logits.logsumexp(-1)[rows])
-        frontier = best([branch for branch in frontier if branch.finished], rewarded(children, rewards), width)
+        frontier = best([branch for branch in frontier if branch.finished], rewarded(children, rewards), width, beta)
         trace.append(frontier)
     return frontier[0], trace
 
@@ -462,11 +464,12 @@ def rewarded(branches, rewards):
     return branches
 
 
-def best(finished, candidates, width):
-    """The next frontier: the `width` candidates with the highest reward, equal ones as they stand; after that, what is
-    finished stands first."""
-    kept = sorted(candidates, key=lambda branch: -branch.reward)[:width]
-    return sorted(finished + kept, key=lambda branch: (not branch.finished, -branch.reward))[:width]
+def best(finished, candidates, width, beta):
+    """The next frontier: the `width` candidates with the highest reward + beta · log_prob, equal ones as they stand;
+    after that, what is finished stands first."""
+    score = lambda branch: branch.reward + beta * branch.log_prob
+    kept = sorted(candidates, key=score, reverse=True)[:width]              # stable: equal ones keep their order
+    return sorted(finished + kept, key=lambda branch: (not branch.finished, -score(branch)))[:width]
 
 
 def candidates(logits, unseen, top_p, temperature):
@@ -509,9 +512,9 @@ def draw(p, top_p, generator):
     return tokens[torch.multinomial(p[tokens].cpu(), 1, generator=generator).item()].item()
 
 
-def extend(policy, branch, token, reward=None):
-    """The branch with one token more; end-of-sequence finishes it."""
-    return Branch(branch.tokens + [token], reward, token in policy.config.eos_token_ids, branch)
+def extend(policy, branch, token, log_p=0.0):
+    """The branch with one token more, whose log-probability is log_p; end-of-sequence finishes it."""
+    return Branch(branch.tokens + [token], None, token in policy.config.eos_token_ids, branch, branch.log_prob + log_p)
 
 
 # name -> (search, the kind of reward model it takes)

@@ -44,7 +44,7 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, 
     """One step of the search with no cache and no shortcut: the whole vocabulary is sorted, each sequence is read
     by itself."""
     eos, pool = policy.config.eos_token_ids[0], []
-    for i, (tokens, _) in enumerate(frontier):
+    for i, (tokens, _, log_prob) in enumerate(frontier):
         last = lambda llama, s: llama(torch.tensor([s]))[0, -1]
         logits = policy.logits(last(policy, prompt.policy_tokens(policy.template) + tokens))
         rewards = mrm.rewards(last(mrm.llama, prompt.reward_tokens(mrm.template) + tokens))
@@ -57,9 +57,10 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, 
             if mass < top_p and not mrm.unseen[token]:
                 kept.append((token, p))
             mass += p
-        rewards = rewards + beta * logits.softmax(-1).log() if beta else rewards
-        pool += [(-rewards[token].item(), i, -p, tokens + [token]) for token, p in kept or allowed[:1]]
-    return [(tokens, -r) for r, _, _, tokens in sorted(pool)[:width]]
+        for token, p in kept or allowed[:1]:
+            total = log_prob + math.log(p)
+            pool.append((-rewards[token].item() - beta * total, i, -p, tokens + [token], rewards[token].item(), total))
+    return [(tokens, reward, total) for *_, tokens, reward, total in sorted(pool)[:width]]
 
 
 @pytest.mark.parametrize("prompt", [Prompt([1, 2, 3]), Prompt([400], [30, 31]), Prompt([9, 8], [7, 6], True)])
@@ -67,11 +68,12 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, 
 def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt, beta):
     """Without cache, with prefills shown and hidden, over steps in which nothing can finish."""
     result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=5, min_new_tokens=5, top_p=0.6, beta=beta)
-    frontier = [([], None)]
+    frontier = [([], None, 0.0)]
     for got in result.trace:
         frontier = plain_saffron_step(tiny_policy, tiny_mrm, prompt, frontier, 3, 0.6, True, beta)
-        assert [b.tokens for b in got] == [tokens for tokens, _ in frontier]
-        assert [b.reward for b in got] == pytest.approx([r for _, r in frontier], abs=1e-9)
+        assert [b.tokens for b in got] == [tokens for tokens, *_ in frontier]
+        assert [b.reward for b in got] == pytest.approx([reward for _, reward, _ in frontier], abs=1e-9)
+        assert [b.log_prob for b in got] == pytest.approx([total for *_, total in frontier], abs=1e-9)
 
 
 def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, tiny_mrm, tiny_guard):
