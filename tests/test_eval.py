@@ -60,9 +60,9 @@ def test_intervals_and_efficiency():
     assert interval([True] * 10) == [1.0, 1.0]
     result = lambda method, asr, tflop: {"safety": method, "width": 1, "row": 0, "text": ""} | dict.fromkeys(HARMFUL, 0.0) | {
         "asr": asr, "tflop": tflop}
-    none, saffron = summarize([result("none", 1, 1.0), result("saffron", 0, 8.0)], [("none", 1), ("saffron", 1)], None)
+    none, saffron = summarize([result("none", 1, 1.0), result("saffron", 0, 8.0)], None)
     assert none["scaleff"] == pytest.approx(math.log(8)) and saffron["scaleff"] is None
-    assert summarize([result("none", 1, 1.0)], [("none", 1)], 100.0)[0]["scaleff"] == pytest.approx(math.log(100))
+    assert summarize([result("none", 1, 1.0)], 100.0)[0]["scaleff"] == pytest.approx(math.log(100))
 
 
 def test_a_run_goes_on_where_it_was(tmp_path, judge):
