@@ -194,6 +194,10 @@ class Linear(nn.Linear):
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
 
+    def reset_parameters(self):
+        if self.weight.device.type != "meta":       # there, nothing can be drawn, and to try costs a second of imports
+            super().reset_parameters()
+
     def forward(self, x):                                                       # (..., d_in)
         if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.device.type != "cpu"
                 or not packable(x.dtype)):
@@ -282,7 +286,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.Module()                      # only so that names begin with "model." as in the files
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
+                                               _weight=torch.zeros(config.vocab_size, config.hidden_size))
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)

@@ -140,3 +140,17 @@ def test_an_attack_needs_its_field(tmp_path, attack, row):
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     status, _, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out", "--attack", attack)
     assert status == 2 and error.count("\n") == 1 and f"--attack {attack} needs" in error and "line 1" in error
+
+
+def test_plots(tmp_path):
+    """ASR against compute, and (bench.py) seconds against width and length, are PNG files."""
+    pytest.importorskip("matplotlib")
+    import bench
+    import eval
+    line = {"safety": "saffron", "width": 4, "tflop": 0.1, "asr": 0.2, "judge_asr": 0.4}
+    eval.plot(tmp_path / "asr.png", [line, line | {"width": 16, "tflop": 0.4, "asr": 0.1}, line | {"safety": "none"}])
+    row = {"width": 4, "new": 32, "seconds": 1.0, "copies": 2.0}
+    bench.plot(tmp_path / "speed.png", [row, row | {"width": 16}, row | {"new": 64}])
+    for path in tmp_path.iterdir():
+        assert path.suffix == ".png" and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(list(tmp_path.iterdir())) == 2
