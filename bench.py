@@ -15,6 +15,7 @@ the bytes of both / the bandwidth, which is measured at the start / the seconds 
 counted twice, so that sharing shows as a gain.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -203,6 +204,8 @@ def main():
     args = parser.parse_args()
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     for path in filter(None, (args.plot, args.out)):        # before the measurements, not after them
         if not path.parent.is_dir():
             parser.error(f"{path.parent} is no folder")

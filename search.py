@@ -38,7 +38,7 @@ MCTS_EXPLORATION = 1.0          # P(safe), which it stands beside, is in [0, 1]
 class Branch:
     """A reply under way: a node of the search tree."""
     tokens: list = field(default_factory=list)      # reply tokens, end-of-sequence included
-    reward: float | None = None                     # R of it, or what M predicted for it
+    reward: float | None = None                     # R of it, or what M predicted for it (deal: its score)
     finished: bool = False                          # whether its last token is end-of-sequence
     parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
     log_prob: float = 0.0                           # log π of all its tokens, where the search adds it up
@@ -89,7 +89,8 @@ class Reader:
                 self.nodes[branch] = node
                 branch, node = branch.parent, node.parent
         self.calls += len(branches)
-        self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in self.asked))
+        copies = [*self.asked, *(self.nearest(branch)[0] for branch in keep)]
+        self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in copies))
 
     def nearest(self, branch):
         """(the node of the longest known beginning of a branch, the tokens from there on)."""
@@ -190,8 +191,9 @@ def nucleus(p, top_p):
 # ---------------------------------------------------------------------------------------------------------------
 # running searches
 
-def side_by_side(steps):
-    """Make a search of a generator that describes its steps for one prompt.
+def side_by_side(*kinds):
+    """Decorator: make a search of a generator that describes its steps for one prompt. kinds: which reward models
+    it takes, of "guard", "mrm" and None.
 
     The generator yields two lists: the branches that the policy shall read, and those that the reward model shall, and
     perhaps a third: branches that it will go on from later. (Of all others, the paths are forgotten.) It is sent the
@@ -200,40 +202,46 @@ def side_by_side(steps):
     in one forward pass, for policy and reward model together where these differ in LoRA only. Each prompt has
     tries of its own, so its reply and its stats (but the seconds) are the same as if it were alone.
     """
-    @functools.wraps(steps)
-    @torch.no_grad()
-    def search(policy, reward_model, prompts, **options):
-        call = inspect.signature(steps).bind(policy, reward_model, **options)
-        call.apply_defaults()
-        started, searches, results, answers = time.perf_counter(), [], {}, {}
-        for i, prompt in enumerate(prompts if isinstance(prompts, list) else [prompts]):
-            check(policy, reward_model, prompt, **call.kwargs)
-            readers = [Reader(policy, prompt.policy_tokens(policy.template))]
-            if reward_model is not None:
-                readers.append(Reader(reward_model.llama, prompt.reward_tokens(reward_model.template)))
-            searches.append((steps(*call.args, **call.kwargs), readers))
-            answers[i] = None
-        shared = Backbone([policy, reward_model.llama]) if reward_model and same_base(policy, reward_model.llama) else None
-        while answers:
-            for i, answer in list(answers.items()):
-                generator, readers = searches[i]
-                try:
-                    *wanted, keep = (*generator.send(answer), ())[:3]
-                    for reader, branches in zip(readers, wanted):
-                        if branches:
-                            reader.ask(branches, keep)
-                except StopIteration as end:
-                    results[i] = finish(policy, *end.value, readers, started)
-                    del answers[i]
-            tries = [reader.trie for i in answers for reader in searches[i][1]]
-            if shared:
-                compute(shared, tries)
-            else:
-                for llama in [policy, reward_model.llama] if reward_model else [policy]:
-                    compute(llama, [trie for trie in tries if trie.model is llama])
-            answers = {i: [reader.answer() for reader in searches[i][1]] for i in answers}
-        return [results[i] for i in range(len(searches))] if isinstance(prompts, list) else results[0]
-    return search
+    def decorate(steps):
+        @functools.wraps(steps)
+        @torch.no_grad()
+        def search(policy, reward_model, prompts, **options):
+            kind = reward_model and reward_model.kind
+            if kind not in kinds:
+                raise BadInput(f"{steps.__name__} takes {' or '.join(map(str, kinds))} as its reward model, not {kind}")
+            call = inspect.signature(steps).bind(policy, reward_model, **options)
+            call.apply_defaults()
+            started, searches, results, answers = time.perf_counter(), [], {}, {}
+            for i, prompt in enumerate(prompts if isinstance(prompts, list) else [prompts]):
+                check(policy, reward_model, prompt, **call.kwargs)
+                readers = [Reader(policy, prompt.policy_tokens(policy.template))]
+                if reward_model is not None:
+                    readers.append(Reader(reward_model.llama, prompt.reward_tokens(reward_model.template)))
+                searches.append((steps(*call.args, **call.kwargs), readers))
+                answers[i] = None
+            shared = Backbone([policy, reward_model.llama]) if reward_model and same_base(policy, reward_model.llama) else None
+            while answers:
+                for i, answer in list(answers.items()):
+                    generator, readers = searches[i]
+                    try:
+                        *wanted, keep = (*generator.send(answer), ())[:3]
+                        for reader, branches in zip(readers, wanted):
+                            reader.asked = []
+                            if branches:
+                                reader.ask(branches, keep)
+                    except StopIteration as end:
+                        results[i] = finish(policy, *end.value, readers, started)
+                        del answers[i]
+                tries = [reader.trie for i in answers for reader in searches[i][1]]
+                if shared:
+                    compute(shared, tries)
+                else:
+                    for llama in [policy, reward_model.llama] if reward_model else [policy]:
+                        compute(llama, [trie for trie in tries if trie.model is llama])
+                answers = {i: [reader.answer() for reader in searches[i][1]] for i in answers}
+            return [results[i] for i in range(len(searches))] if isinstance(prompts, list) else results[0]
+        return search
+    return decorate
 
 
 def finish(policy, branch, trace, readers, started):
@@ -259,7 +267,7 @@ def finish(policy, branch, trace, readers, started):
 # the searches. Below stand the steps for one prompt; `side_by_side` makes of each a function that is called as
 # search(policy, reward_model, prompt or list of prompts, width=..., ...).
 
-@side_by_side
+@side_by_side("guard", "mrm", None)
 def none(policy, reward_model, *, width=1, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=0.0, beta=0.0,
          seed=0):
     """No defence: one reply, greedy at temperature 0, else sampled. width, beta and the reward model are not
@@ -268,7 +276,7 @@ def none(policy, reward_model, *, width=1, max_new_tokens=50, min_new_tokens=16,
     return trace[-1][0], trace
 
 
-@side_by_side
+@side_by_side("guard")
 def best_of_n(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0,
               seed=0):
     """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply)
@@ -278,11 +286,12 @@ def best_of_n(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, t
     return max(rewarded(trace[-1], guard.rewards(hidden)), key=lambda branch: branch.reward), trace
 
 
-@side_by_side
+@side_by_side("guard")
 def beam(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
     """Beam search over tokens with the guard as process reward model: of all tokens in the nuclei of all sequences, the
-    `width` whose sequences have the highest R stay, finished or not. Each of them costs a guard call, which is the
-    exploration-efficiency dilemma of the paper. Deterministic; beta and seed are not used."""
+    `width` whose sequences have the highest R stay, finished or not. Every candidate costs a guard call, which is the
+    exploration-efficiency dilemma of the paper. (saffron with a guard differs in that finished sequences stand first.)
+    Deterministic; beta and seed are not used."""
     frontier, trace = [Branch()], []
     for length in range(max_new_tokens):
         growing = [branch for branch in frontier if not branch.finished]
@@ -299,12 +308,13 @@ def beam(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=
     return frontier[0], trace
 
 
-@side_by_side
+@side_by_side("guard")
 def rebase(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
-    """Reward-balanced search, a token a step: the next `width` expansions are shared among the unfinished sequences in
-    proportion to softmax(R / REBASE_TEMPERATURE), each draws so many different tokens from its nucleus, and
-    the guard scores what comes of it. A finished sequence is set aside and takes one expansion with it. The finished
-    one with the highest R is the reply, else the unfinished one. beta is not used."""
+    """Reward-balanced search, with a token for a step: the next expansions, `width` less those finished, are shared
+    among the unfinished sequences in proportion to softmax(R / REBASE_TEMPERATURE), each draws so many different tokens
+    from its nucleus (or all of that, if it holds fewer), and the guard scores what comes of it. (In the paper a step
+    is a line of reasoning, and rewards are probabilities.) The finished sequence with the highest R is the reply,
+    else the unfinished one. beta is not used."""
     generator = torch.Generator().manual_seed(seed)
     growing, finished, trace = [Branch(reward=0.0)], [], []
     for length in range(max_new_tokens):
@@ -336,10 +346,10 @@ def shares(rewards, count):
     return whole.int().tolist()
 
 
-@side_by_side
+@side_by_side("guard")
 def deal(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
-    """Decoding-time alignment: each of the `width` most likely tokens a is continued greedily for DEAL_LOOK_AHEAD
-    tokens, the guard scores the end of that, and the token with the highest
+    """Decoding-time alignment, its greedy variant: each of the `width` most likely tokens a is continued greedily for
+    DEAL_LOOK_AHEAD tokens (fewer where the reply ends), the guard scores the end of that, and the token with the highest
     log π(a | s) + DEAL_LAMBDA · R(s·a·look-ahead) is taken. Deterministic; top_p, temperature, beta and seed are not
     used. Reward of a branch: that score."""
     branch, ends, trace = Branch(), [], []
@@ -367,28 +377,34 @@ def deal(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=
 
 @dataclass(eq=False)
 class Choice:
-    """A node of the tree of mcts: a branch, the policy's probability of its last token, and what came of it."""
+    """A node of mcts: a branch, the policy's probability of its last token, and what came of it."""
     branch: Branch
     prior: float = 1.0
     visits: int = 0
     value: float = 0.0                              # the sum over its visits of P(safe) = sigmoid(R) at the leaf
     children: list = field(default_factory=list)
 
+    @property
+    def mean(self):
+        return self.value / self.visits
+
     def puct(self, child):
-        """Mean value + MCTS_EXPLORATION · prior · sqrt(visits here) / (1 + visits there), of a child."""
-        mean = child.value / child.visits if child.visits else 0.0
+        """Mean value + MCTS_EXPLORATION · prior · sqrt(visits here) / (1 + visits there), of a child; one that was not
+        visited yet is taken to be worth what this node is."""
+        mean = child.mean if child.visits else self.mean
         return mean + MCTS_EXPLORATION * child.prior * math.sqrt(self.visits) / (1 + child.visits)
 
 
-@side_by_side
+@side_by_side("guard")
 def mcts(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
     """Monte-Carlo tree search, `width` simulations a token. A simulation goes down from the reply so far by the highest
     PUCT, has the policy's nucleus as children of the leaf it comes to (probabilities as priors), and adds the guard's
-    P(safe) of that leaf to all nodes on its way. Then the child with most visits is taken (equal ones: by prior)
-    and its part of the tree kept. Deterministic; beta and seed are not used."""
+    P(safe) of that leaf to all nodes on its way. Then the child with most visits is taken (equal ones: by mean value)
+    and its part of the tree kept. Few simulations go little further than the likeliest tokens: at width 1 this is
+    greedy decoding. Deterministic; beta and seed are not used."""
     root, read, trace = Choice(Branch()), [], []
     while len(root.branch.tokens) < max_new_tokens and not root.branch.finished:
-        for _ in range(width):
+        for _ in range(width + (root.visits == 0)):         # a root that nobody has read is read first
             path = [root]
             while path[-1].children:
                 path.append(max(path[-1].children, key=path[-1].puct))
@@ -408,7 +424,7 @@ def mcts(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=
             for choice in path:
                 choice.visits += 1
                 choice.value += 1 / (1 + math.exp(-branch.reward))
-        root = max(root.children, key=lambda child: (child.visits, child.prior))
+        root = max(root.children, key=lambda child: (child.visits, child.mean if child.visits else 0.0, child.prior))
         read = [branch for branch in read if branch.tokens[:len(root.branch.tokens)] == root.branch.tokens]
         trace.append([root.branch])
     if root.branch.reward is None:                          # no simulation came to the last token
@@ -417,7 +433,7 @@ def mcts(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=
     return root.branch, trace
 
 
-@side_by_side
+@side_by_side("mrm", "guard")
 def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0,
             seed=0):
     """Tree search with a multifurcation reward model (the paper's Saffron-1). Deterministic: seed is not used.
@@ -484,7 +500,7 @@ def candidates(logits, unseen, top_p, temperature):
             seen = logits[i].masked_fill(unseen, -math.inf)
             inside = seen.argmax(keepdim=True)
             if seen[inside] == -math.inf:
-                raise BadInput("the MRM has not seen any token that could come next; train it on more text")
+                raise BadInput("the reward model has not seen any token that could come next; train it on more text")
         rows.append(torch.full_like(inside, i))
         tokens.append(inside)
     return torch.cat(rows), torch.cat(tokens)

@@ -226,6 +226,22 @@ def test_bad_values_are_refused(method, options, said, tiny_policy, tiny_mrm, ti
         SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2, 3, 4, 5]), **options)
 
 
+def test_a_reward_model_of_another_kind_is_refused(tiny_policy, tiny_mrm):
+    for reward_model, said in ((tiny_mrm, "beam takes guard.*not mrm"), (None, "beam takes guard.*not None")):
+        with pytest.raises(BadInput, match=said):
+            SEARCHES["beam"][0](tiny_policy, reward_model, Prompt([1]))
+
+
+@pytest.mark.parametrize("method", ["mcts", "deal", "beam"])
+def test_more_width_finds_higher_rewards(method, tiny_policy, tiny_scalar_guard):
+    """Not for each prompt, but over many: a search with a budget does better than greedy decoding."""
+    prompts = [Prompt([i, i + 1]) for i in range(30, 60)]
+    mean = lambda width: sum(tiny_scalar_guard.score(TrieCache(tiny_scalar_guard.llama), [
+        prompt.reward_tokens(tiny_scalar_guard.template) + r.tokens])[0].item() for prompt, r in zip(prompts, SEARCHES[method][0](
+            tiny_policy, tiny_scalar_guard, prompts, width=width, max_new_tokens=6, min_new_tokens=6))) / 30
+    assert mean(12) > mean(1) + 1
+
+
 def test_two_vocabularies_are_refused(tiny_policy, smollm2):
     mrm = Guard(smollm2, Template([1], []))
     with pytest.raises(BadInput, match="tiny_policy.*SmolLM2.*different vocabularies"):
@@ -394,12 +410,13 @@ def test_deal_looks_ahead_greedily(plain, width):
 def test_mcts_goes_where_puct_leads(plain, width):
     result, reply, length, top_p = found("mcts", plain, width), [], 7, 0.7
     visits, value, prior, children, rewards = Counter(), Counter(), {}, {}, {}
+    mean = lambda s: value[s] / visits[s]
     while len(reply) < length and not plain.ended(reply):
-        for _ in range(width):
+        for _ in range(width if visits[tuple(reply)] else width + 1):
             path = [tuple(reply)]
             while children.get(path[-1]):
                 s = path[-1]
-                path.append(max(children[s], key=lambda c: (value[c] / visits[c] if visits[c] else 0)
+                path.append(max(children[s], key=lambda c: mean(c if visits[c] else s)
                                 + MCTS_EXPLORATION * prior[c] * visits[s] ** 0.5 / (1 + visits[c])))
             leaf = list(path[-1])
             if path[-1] not in rewards:
@@ -411,7 +428,7 @@ def test_mcts_goes_where_puct_leads(plain, width):
             for s in path:
                 visits[s] += 1
                 value[s] += 1 / (1 + math.exp(-rewards[path[-1]]))
-        reply = list(max(children[tuple(reply)], key=lambda c: (visits[c], prior[c])))
+        reply = list(max(children[tuple(reply)], key=lambda c: (visits[c], mean(c) if visits[c] else 0, prior[c])))
     if tuple(reply) not in rewards:
         rewards[tuple(reply)] = plain.reward(reply)
     assert result.tokens == reply and result.reward == pytest.approx(rewards[tuple(reply)], abs=1e-9)
