@@ -268,3 +268,24 @@ def test_only_missing_shards_are_made(small_corpus, tmp_path):
     assert log.count("is there already") == 1
     status, _, error = small_corpus(out, "--seed", 1)
     assert status == 2 and "is of a run" in error and "delete it" in error and contents(out) == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the prompts of our own
+
+def test_prompts_of_our_own():
+    """At least 120 harmful ones over ten categories and 120 harmless ones, half of them look-alikes; dev and test have
+    none in common, and eval.py reads them all."""
+    from eval import read_rows
+    rows = {}
+    for name in ("harmful_dev", "harmful_test", "harmless_dev", "harmless_test"):
+        path = ROOT / "data" / "prompts" / f"{name}.jsonl"
+        assert len(read_rows(path, "prefill", "", None)) == 60
+        rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
+    harmful, harmless = rows["harmful_dev"] + rows["harmful_test"], rows["harmless_dev"] + rows["harmless_test"]
+    assert len({r["prompt"] for r in harmful + harmless}) == 240
+    assert len({r["category"] for r in harmful}) >= 10 and all(len(r["response"].split()) < 20 for r in harmful)
+    assert {r["category"] for r in harmless} == {"harmless"}
+    assert sum(r["kind"] == "look-alike" for r in harmless) == 60
+    for split in ("dev", "test"):                                       # every category in both
+        assert len({r["category"] for r in rows[f"harmful_{split}"]}) == len({r["category"] for r in harmful})
