@@ -284,7 +284,7 @@ def test_prompts_of_our_own():
         rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
     harmful, harmless = rows["harmful_dev"] + rows["harmful_test"], rows["harmless_dev"] + rows["harmless_test"]
     assert len({r["prompt"] for r in harmful + harmless}) == 240
-    assert len({r["category"] for r in harmful}) >= 10 and all(len(r["response"].split()) < 20 for r in harmful)
+    assert len({r["category"] for r in harmful}) >= 10 and all(len(r["response"].split()) < 25 for r in harmful)
     assert {r["category"] for r in harmless} == {"harmless"}
     assert sum(r["kind"] == "look-alike" for r in harmless) == 60
     for split in ("dev", "test"):                                       # every category in both
