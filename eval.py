@@ -196,6 +196,7 @@ def plot(path, summary):
     import matplotlib
     matplotlib.use("Agg")                                   # draws to a file, needs no display
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, key, title in ((axes[0], "asr", "by the guard that steered"), (axes[1], "judge_asr", "by the independent judge")):
         for method in dict.fromkeys(line["safety"] for line in summary):
@@ -204,6 +205,9 @@ def plot(path, summary):
             for line in mine:
                 axis.annotate(str(line["width"]), (line["tflop"], line[key]), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axis.set(xscale="log", xlabel="TFLOP for a reply", title=title, ylim=(-0.02, 1.02))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     axes[0].set_ylabel("attack success rate")
     axes[1].legend(fontsize=8)
     write(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
