@@ -80,6 +80,9 @@ class Reader:
     def ask(self, branches, keep=()):
         """Ask for h(context + reply) of n branches. The next `compute` reads what is new of them. What is on no path
         to them, nor to one of `keep`, is forgotten."""
+        self.asked = []
+        if not branches:
+            return                                          # not its turn: everything is kept
         known = [self.nearest(branch) for branch in branches]
         self.trie.keep({node for node, _ in known} | {self.nearest(branch)[0] for branch in keep})
         self.nodes = {branch: node for branch, node in self.nodes.items() if node.slot is not None}
@@ -211,37 +214,44 @@ def side_by_side(*kinds):
                 raise BadInput(f"{steps.__name__} takes {' or '.join(map(str, kinds))} as its reward model, not {kind}")
             call = inspect.signature(steps).bind(policy, reward_model, **options)
             call.apply_defaults()
-            started, searches, results, answers = time.perf_counter(), [], {}, {}
-            for i, prompt in enumerate(prompts if isinstance(prompts, list) else [prompts]):
+            several, searches = isinstance(prompts, list), []
+            for prompt in prompts if several else [prompts]:
                 check(policy, reward_model, prompt, **call.kwargs)
                 readers = [Reader(policy, prompt.policy_tokens(policy.template))]
-                if reward_model is not None:
+                if reward_model:
                     readers.append(Reader(reward_model.llama, prompt.reward_tokens(reward_model.template)))
                 searches.append((steps(*call.args, **call.kwargs), readers))
-                answers[i] = None
-            shared = Backbone([policy, reward_model.llama]) if reward_model and same_base(policy, reward_model.llama) else None
-            while answers:
-                for i, answer in list(answers.items()):
-                    generator, readers = searches[i]
-                    try:
-                        *wanted, keep = (*generator.send(answer), ())[:3]
-                        for reader, branches in zip(readers, wanted):
-                            reader.asked = []
-                            if branches:
-                                reader.ask(branches, keep)
-                    except StopIteration as end:
-                        results[i] = finish(policy, *end.value, readers, started)
-                        del answers[i]
-                tries = [reader.trie for i in answers for reader in searches[i][1]]
-                if shared:
-                    compute(shared, tries)
-                else:
-                    for llama in [policy, reward_model.llama] if reward_model else [policy]:
-                        compute(llama, [trie for trie in tries if trie.model is llama])
-                answers = {i: [reader.answer() for reader in searches[i][1]] for i in answers}
-            return [results[i] for i in range(len(searches))] if isinstance(prompts, list) else results[0]
+            results = lockstep(policy, reward_model, searches)
+            return results if several else results[0]
         return search
     return decorate
+
+
+def lockstep(policy, reward_model, searches):
+    """The Results of searches, each of which is a generator and its readers. In a round, each goes on to the next thing
+    that it wants read; then all of that is read at once."""
+    started, results = time.perf_counter(), {}
+    shared = Backbone([policy, reward_model.llama]) if reward_model and same_base(policy, reward_model.llama) else None
+    answers = dict.fromkeys(range(len(searches)))           # what each search under way is sent next, at first None
+    while answers:
+        for i, answer in list(answers.items()):
+            steps, readers = searches[i]
+            try:
+                wanted = steps.send(answer)                 # (the policy's branches, the reward model's[, to be kept])
+            except StopIteration as end:
+                results[i] = finish(policy, *end.value, readers, started)
+                del answers[i]
+                continue
+            for reader, branches in zip(readers, wanted):
+                reader.ask(branches, keep=wanted[2] if len(wanted) > 2 else ())
+        tries = [reader.trie for i in answers for reader in searches[i][1]]
+        if shared:
+            compute(shared, tries)
+        else:
+            for llama in [policy, reward_model.llama] if reward_model else [policy]:
+                compute(llama, [trie for trie in tries if trie.model is llama])
+        answers = {i: [reader.answer() for reader in searches[i][1]] for i in answers}
+    return [results[i] for i in range(len(searches))]
 
 
 def finish(policy, branch, trace, readers, started):
