@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from mrm import MRM, Guard, add_lora, fill, load_adapter, partial_supervision_lo
 
 WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or after so many tokens
 SMOOTHING = 0.02            # of the guard's labels
+RESUME = "--resume goes on from the last checkpoint"
 
 # ---------------------------------------------------------------------------------------------------------------
 # data
@@ -383,6 +385,8 @@ def join_processes(args):
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        # torchrun ends the others when one has died: let them say so.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("another process has died, or torchrun was stopped; " + RESUME))
 
 
 def weights(text):
@@ -440,6 +444,6 @@ if __name__ == "__main__":
             raise
         reason = str(error).strip().splitlines()[0]
         sys.exit(f"process {dist.get_rank()} of {dist.get_world_size()} stops: {reason}\nWhere this says that a connection "
-                 "was closed, another process has died. --resume goes on from the last checkpoint.")
+                 "was closed, another process has died; " + RESUME)
     except KeyboardInterrupt:
         sys.exit(130)

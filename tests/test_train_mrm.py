@@ -193,9 +193,8 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(rewards, base, tmp_p
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
     _, error = process.communicate(timeout=120)
-    # The other process says that the connection broke, unless torchrun, which names the signal, ended it before that.
-    assert process.returncode != 0 and ("--resume goes on from the last checkpoint" in error or "SIGKILL" in error), error
-    assert (tmp_path / "m.safetensors.checkpoint.pt").exists() and not (tmp_path / "m.safetensors").exists()
+    assert process.returncode != 0 and "--resume goes on from the last checkpoint" in error, error
+    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors.checkpoint.pt"}
     process = torchrun("train_mrm.py", *mine, "--resume", "--stop_after", 20)
     out, error = process.communicate(timeout=120)
     steps = [int(line.split(":")[0].split()[1]) for line in out.splitlines() if "loss" in line]
