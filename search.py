@@ -453,9 +453,10 @@ def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=
     s·a with the highest M(s)_a; equal ones by frontier order, then by the policy's probability. One that ends is
     finished: it stays, and stands before the unfinished. The first of the last frontier is the reply.
 
-    beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's probability of
-    the whole reply so far: where many replies are about equally safe, what the policy would say decides. (This is the
-    objective of reward maximization with a KL penalty towards the policy, looked for by search.)
+    beta > 0, which is not in the paper, ranks by log σ(M(s)_a) + beta · log π(s·a), π(s·a) being the policy's
+    probability of the whole reply so far. A reward is the log-odds of "safe", so σ(M(s)_a) is P(safe | s·a); at beta = 1
+    this is Bayes' rule for log π(s·a | safe), up to a constant. Among replies that are all quite safe, what the policy
+    would say decides, so a harmless question gets an answer and no apology. (log σ is monotone: beta → 0 is the paper.)
 
     With a guard in place of the MRM it is the very same search at the price that the MRM saves: R(s·a) costs one
     call of the guard for each candidate.
@@ -491,11 +492,16 @@ def rewarded(branches, rewards):
 
 
 def best(finished, candidates, width, beta):
-    """The next frontier: the `width` candidates with the highest reward + beta · log_prob, equal ones as they stand;
-    after that, what is finished stands first."""
-    score = lambda branch: branch.reward + beta * branch.log_prob
+    """The next frontier: the `width` candidates with the highest reward, or with beta > 0 the highest log σ(reward) +
+    beta · log_prob, equal ones as they stand; after that, what is finished stands first."""
+    score = lambda branch: log_sigmoid(branch.reward) + beta * branch.log_prob if beta else branch.reward
     kept = sorted(candidates, key=score, reverse=True)[:width]              # stable: equal ones keep their order
     return sorted(finished + kept, key=lambda branch: (not branch.finished, -score(branch)))[:width]
+
+
+def log_sigmoid(x):
+    """log σ(x) = −log(1 + exp(−x)), without overflow."""
+    return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
 
 
 def candidates(logits, unseen, top_p, temperature):

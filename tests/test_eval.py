@@ -13,25 +13,37 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from eval import HARMFUL, REFUSAL, attacked, interval, log_prob, read_results, repeats, summarize
+from eval import HARMFUL, REFUSAL, attacked, interval, log_prob, merge_results, parse_runs, read, read_results, repeats, summarize
+from trie_cache import TrieCache, compute
 
 
 def test_log_prob_is_that_of_the_policy(tiny_policy):
     context, reply = [1, 2, 3], [4, 5]
     p = lambda tokens, token: tiny_policy.logits(tiny_policy(torch.tensor([tokens]))[0, -1]).softmax(-1)[token].log()
     expected = (p(context, 4) + p(context + [4], 5)) / 2
-    assert log_prob(tiny_policy, context, reply) == pytest.approx(expected.item(), abs=1e-5)
+    trie = TrieCache(tiny_policy)
+    path = read(trie, context, reply)
+    compute(tiny_policy, [trie])
+    assert log_prob(tiny_policy, trie, path) == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_repeats():
     assert repeats([1, 2, 3, 4, 9, 1, 2, 3, 4]) and not repeats([1, 2, 3, 4, 1, 2, 3, 5]) and not repeats([1])
 
 
-def test_a_line_that_was_cut_off_is_taken_away(tmp_path):
-    path = tmp_path / "results.jsonl"
-    path.write_text('{"text": "a\u2028b"}\n{"text": "c')
-    assert read_results(path) == [{"text": "a\u2028b"}]
-    assert path.read_text() == '{"text": "a\u2028b"}\n' and read_results(tmp_path / "absent") == []
+def test_results_of_several_processes_become_one_file(tmp_path):
+    """Lines that were cut off are passed over, a reply that stands in two files counts once, the order is fixed."""
+    line = lambda row, text, method="none": json.dumps({"safety": method, "width": 1, "row": row, "text": text}) + "\n"
+    (tmp_path / "results.jsonl").write_text(line(2, "a\u2028b") + line(0, "c", "saffron") + '{"text": "c')
+    (tmp_path / "results-1.jsonl").write_text(line(1, "d") + line(2, "again") + line(3, "e")[:-1])
+    merged = merge_results(tmp_path)
+    assert [(r["safety"], r["row"], r["text"]) for r in merged] == [
+        ("none", 1, "d"), ("none", 2, "a\u2028b"), ("saffron", 0, "c")]
+    assert read_results(tmp_path) == merged and {p.name for p in tmp_path.iterdir()} == {"results.jsonl"}
+
+
+def test_methods_and_widths():
+    assert parse_runs("none,saffron,beam:1/3", "2,4") == [("none", 1), ("saffron", 2), ("saffron", 4), ("beam", 1), ("beam", 3)]
 
 
 @pytest.fixture
@@ -74,7 +86,7 @@ def test_a_run_goes_on_where_it_was(tmp_path, judge):
     options = ["--data", data, "--safety", "none,saffron", "--width", 2, "--max_new_tokens", 4, "--min_new_tokens", 2,
                "--judge", judge]
     read = lambda name: [{k: pytest.approx(v, abs=1e-3) if isinstance(v, float) else v for k, v in r.items() if k != "seconds"}
-                         for r in sorted(read_results(tmp_path / name / "results.jsonl"), key=lambda r: (r["safety"], r["row"]))]
+                         for r in read_results(tmp_path / name)]
     for name, cut, batch in (("one", 0, 1), ("two", 0.66, 1), ("three", 0.25, 3)):
         (tmp_path / name).mkdir()
         if cut:
@@ -85,7 +97,7 @@ def test_a_run_goes_on_where_it_was(tmp_path, judge):
         assert "ASR" in error and read(name) == read("one") and len(read(name)) == 8
     none, saffron = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert (none["safety"], none["width"], none["prompts"], none["harmless_prompts"], none["same"]) == ("none", 1, 3, 1, 1.0)
-    mine = [r for r in read_results(tmp_path / "one" / "results.jsonl") if r["safety"] == "saffron" and "category" not in r]
+    mine = [r for r in read_results(tmp_path / "one") if r["safety"] == "saffron" and "category" not in r]
     for key in HARMFUL:
         assert saffron[key] == pytest.approx(sum(r[key] for r in mine) / 3)
         assert saffron[f"{key}_ci"][0] <= saffron[key] <= saffron[f"{key}_ci"][1]
@@ -107,12 +119,34 @@ def test_a_killed_run_loses_nothing(tmp_path, judge):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert run_script(*command[1:])[0] == 0
-    assert [r["row"] for r in read_results(out / "results.jsonl")] == list(range(8))
+    assert [r["row"] for r in read_results(out)] == list(range(8))
+
+
+def test_two_processes_give_the_results_of_one(tmp_path, judge):
+    """Prompts of two files, shared by torchrun; and what one of the two had written when both were killed is kept."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure"}) + "\n" for i in "abc"))
+    (tmp_path / "b.jsonl").write_text('{"prompt": "Name a colour", "category": "harmless"}\n')
+    options = ["--data", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--safety", "none,best_of_n", "--width", 2, "--batch", 2,
+               "--max_new_tokens", 4, "--min_new_tokens", 2, "--judge", judge]
+    assert run_script("eval.py", *options, "--out", tmp_path / "one")[0] == 0
+    one = read_results(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "results-1.jsonl").write_text(json.dumps(one[1] | {"text": "from before"}) + "\n" + '{"row": 3, "sa')
+    status, out, error = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "eval.py", *options,
+                                    "--out", tmp_path / "two")
+    assert status == 0 and out == (tmp_path / "two" / "table.md").read_text(), error
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {"arguments.json", "results.jsonl", "summary.json", "table.md"}
+    two = read_results(tmp_path / "two")
+    assert [(r["safety"], r["row"]) for r in two] == [(m, i) for m in ("none", "best_of_n") for i in range(4)]
+    assert two[1]["text"] == "from before"
+    for a, b in zip(one, two):
+        if b["text"] != "from before":
+            assert a["text"] == b["text"] and a["guard_reward"] == pytest.approx(b["guard_reward"], abs=1e-3)
 
 
 @pytest.mark.parametrize("args, said", [
     (["--safety", "magic"], "magic"), (["--width", "0"], "--width 0"), (["--limit", "0"], "--limit"),
-    (["--data", "no/file"], "no/file"),
+    (["--data", "no/file"], "no/file"), (["--safety", "beam:1/x"], "beam:1/x"),
 ])
 def test_bad_input(tmp_path, args, said):
     data = tmp_path / "data.jsonl"

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,7 +60,8 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, 
             mass += p
         for token, p in kept or allowed[:1]:
             total = log_prob + math.log(p)
-            pool.append((-rewards[token].item() - beta * total, i, -p, tokens + [token], rewards[token].item(), total))
+            score = F.logsigmoid(rewards[token]).item() + beta * total if beta else rewards[token].item()
+            pool.append((-score, i, -p, tokens + [token], rewards[token].item(), total))
     return [(tokens, reward, total) for *_, tokens, reward, total in sorted(pool)[:width]]
 
 

@@ -5,8 +5,9 @@ The MRM's corpus, the paper's Safety4M at laptop scale: replies with the guard's
     torchrun --nproc_per_node 4 data/safety_rewards/prepare.py ...      the same shards, made by four processes
 
 Two kinds of replies: those of HH-RLHF's harmless dialogues, and the policy's own, sampled for the harmful requests of
-data/safety_labels (prepare that first) with and without a prefill. Writes the shards corpus-*.safetensors, which
-readme.md describes; those that are there already are not made again. WARNING: harmful and offensive text.
+data/safety_labels (prepare that first) with and without a prefill, and for ordinary requests. Writes the shards
+corpus-*.safetensors, which readme.md describes; those that are there already are not made again. WARNING: harmful and
+offensive text.
 """
 
 import gzip
@@ -35,8 +36,9 @@ from trie_cache import TrieCache, compute                   # noqa: E402
 
 HH_FILE = "hh_rlhf/harmless-base/test.jsonl.gz"
 HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/test.jsonl.gz"
-SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused"]
+SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "policy, ordinary"]
 PROMPTS_A_BATCH, REPLIES_A_PROMPT = 8, 4
+SYNTHETIC = 160                     # ordinary requests that the policy makes up, beside XSTest's 250 safe ones
 
 
 def read_hh(local):
@@ -80,12 +82,46 @@ def harmful_requests(labels):
     return [(request, reply, i % 10 == 0) for i, (request, reply) in enumerate(wanted.items())]
 
 
+def ordinary_requests(policy, labels, seed):
+    """(request, opening of a reply, held out) of requests that are no attack: XSTest's safe prompts, and some that the
+    policy makes up when it is to write the user's turn (Magpie, Xu et al. 2024, arXiv 2406.08464). Every tenth is held
+    out."""
+    requests = [(r["prompt"], r["response"]) for r in labels if r["source"] == "opening" and not r["unsafe"]]
+    trie, generator, made_up = TrieCache(policy), torch.Generator().manual_seed(seed), {}
+    root = trie.insert(trie.root, policy.template.prefix)
+    while len(made_up) < SYNTHETIC:
+        texts = [[] for _ in range(PROMPTS_A_BATCH * REPLIES_A_PROMPT)]
+        go_on(policy, [trie] * len(texts), [root] * len(texts), texts, 40, generator)
+        made_up |= {policy.tokenizer.decode(t[:-1]).strip(): "" for t in texts if t[-1] in policy.config.eos_token_ids}
+        made_up.pop("", None)
+    requests += list(made_up.items())[:SYNTHETIC]
+    return [(request, opening, i % 10 == 0) for i, (request, opening) in enumerate(requests)]
+
+
 @torch.no_grad()
-def sample_batch(policy, requests, turns, max_prompt, max_reply, seed):
+def go_on(policy, tries, nodes, texts, limit, generator, uniform=lambda i: False):
+    """Lengthen each text in place until end-of-sequence or `limit` tokens: text i stands in tries[i] and ends at
+    nodes[i]. Tokens are drawn from the nucleus by probability or, where uniform(i), uniformly."""
+    nodes, growing = list(nodes), list(range(len(texts)))
+    while growing := [i for i in growing if len(texts[i]) < limit]:
+        compute(policy, list(dict.fromkeys(tries)))
+        hidden = torch.cat([tries[i].states([nodes[i]]) for i in growing])
+        for i, p in zip(growing, next_logits(policy, hidden, length=0, min_new_tokens=0).softmax(-1)):
+            if uniform(i):
+                tokens = nucleus(p, 0.8)
+                token = tokens[torch.randint(len(tokens), (), generator=generator)].item()
+            else:
+                token = draw(p, 0.9, generator)
+            texts[i].append(token)
+            nodes[i] = tries[i].insert(nodes[i], [token])
+        growing = [i for i in growing if texts[i][-1] not in policy.config.eos_token_ids]
+
+
+def sample_batch(policy, requests, turns, source, max_prompt, max_reply, seed):
     """Rows of the policy's own replies to a few requests, side by side. Each request gets a prefill of 0 to 16
     tokens; half of its replies are drawn from the nucleus by probability, half uniformly, for a search goes to
     tokens that the policy alone would seldom pick. `turns`: refusals, of one of which 1 to 12 tokens follow the
-    prefill; an empty list: nothing does."""
+    prefill; an empty list: nothing does. source: index of SOURCES; None: how the reply is drawn."""
     pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     rows, tries, nodes = [], [], []                         # a row's trie, and its reply's node there
     for request, opening, held_out in requests:
@@ -95,33 +131,27 @@ def sample_batch(policy, requests, turns, max_prompt, max_reply, seed):
         for i in range(REPLIES_A_PROMPT):
             turn = policy.tokenizer.encode(pick.choice(turns))[:pick.randint(1, 12)] if turns else []
             begun = (prefill + turn)[:max_reply]
-            rows.append({"source": 3 if turns else 1 + i % 2, "prompt": prompt, "reply": begun, "held_out": held_out})
+            rows.append({"source": 1 + i % 2 if source is None else source, "prompt": prompt, "reply": begun,
+                         "held_out": held_out})
             tries.append(trie)
             nodes.append(trie.insert(trie.root, policy.template(prompt, begun)))
-    growing = list(range(len(rows)))
-    while growing := [i for i in growing if len(rows[i]["reply"]) < max_reply]:
-        compute(policy, tries[::REPLIES_A_PROMPT])
-        hidden = torch.cat([tries[i].states([nodes[i]]) for i in growing])
-        for i, p in zip(growing, next_logits(policy, hidden, length=0, min_new_tokens=0).softmax(-1)):
-            if i % 2:                                       # as in its source above; REPLIES_A_PROMPT is even
-                tokens = nucleus(p, 0.8)
-                token = tokens[torch.randint(len(tokens), (), generator=generator)].item()
-            else:
-                token = draw(p, 0.9, generator)
-            rows[i]["reply"].append(token)
-            nodes[i] = tries[i].insert(nodes[i], [token])
-        growing = [i for i in growing if rows[i]["reply"][-1] not in policy.config.eos_token_ids]
+    go_on(policy, tries, nodes, [r["reply"] for r in rows], max_reply, generator, uniform=lambda i: i % 2 == 1)
     return rows
 
 
-def own_replies(policy, requests, turns, batches, args):
-    """The policy's own replies in the batches of these numbers; the first --refused_batches ones turn to a refusal."""
-    order, rows = list(range(len(requests))), []
-    random.Random(args.seed).shuffle(order)
+def own_replies(policy, harmful, ordinary, turns, batches, args):
+    """The policy's own replies in the batches of these numbers: first the --refused_batches, which turn to a refusal,
+    then the --policy_batches, then the --ordinary_batches."""
+    rows, first_ordinary = [], args.refused_batches + args.policy_batches
+    for requests in (harmful, ordinary):
+        random.Random(args.seed).shuffle(requests)
     for batch in tqdm(batches, desc="sampling", unit="batch", file=sys.stderr):
-        chosen = [requests[order[(batch * PROMPTS_A_BATCH + i) % len(order)]] for i in range(PROMPTS_A_BATCH)]
-        rows += sample_batch(policy, chosen, turns if batch < args.refused_batches else [], args.max_prompt,
-                             args.max_reply, args.seed + batch)
+        requests, start = (ordinary, batch - first_ordinary) if batch >= first_ordinary else (harmful, batch)
+        chosen = [requests[(start * PROMPTS_A_BATCH + i) % len(requests)] for i in range(PROMPTS_A_BATCH)]
+        refused = batch < args.refused_batches
+        source = 3 if refused else 4 if batch >= first_ordinary else None
+        rows += sample_batch(policy, chosen, turns if refused else [], source, args.max_prompt, args.max_reply,
+                             args.seed + batch)
     return rows
 
 
@@ -152,6 +182,7 @@ def main():
     add("--hh_replies", type=int, default=1200)
     add("--policy_batches", type=int, default=28, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
     add("--refused_batches", type=int, default=24, help="the same, with the beginning of a refusal after the prefill")
+    add("--ordinary_batches", type=int, default=28, help="the same, of replies to ordinary requests")
     add("--max_prompt", type=int, default=64, help="tokens kept of a prompt, the last ones")
     add("--max_reply", type=int, default=56, help="tokens of a reply, prefill included")
     add("--seed", type=int, default=0)
@@ -168,6 +199,7 @@ def main():
     requests, turns = harmful_requests(labels), [r["response"] for r in labels if r["source"] == "turned"]
     if args.refused_batches and not turns:
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
+    ordinary = ordinary_requests(policy, labels, args.seed) if args.ordinary_batches else []
     dialogues = hh_replies(policy, read_hh(args.local), args.hh_replies, args.max_prompt, args.max_reply)
     digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     metadata = {"vocabulary": policy.tokenizer.fingerprint, "source_names": SOURCES,
@@ -185,8 +217,8 @@ def main():
                                "anew")
             print(f"{path.name} is there already", flush=True)
             continue
-        batches = range(k, args.policy_batches + args.refused_batches, args.shards)
-        rows = dialogues[k::args.shards] + own_replies(policy, requests, turns, batches, args)
+        batches = range(k, args.policy_batches + args.refused_batches + args.ordinary_batches, args.shards)
+        rows = dialogues[k::args.shards] + own_replies(policy, list(requests), list(ordinary), turns, batches, args)
         if not rows:
             raise BadInput(f"--shards {args.shards} is more than there are replies for; shard {k} would be empty")
         examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"])) for r in rows]
