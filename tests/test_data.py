@@ -86,12 +86,10 @@ def test_default_weights_are_complete(smollm2):
 def labelled(public_data, tmp_path_factory):
     """What data/safety_labels/prepare.py writes, made from a local copy of the publishers' files."""
     folder = tmp_path_factory.mktemp("safety_labels")
-    copy = shutil.copy(ROOT / "data" / "safety_labels" / "prepare.py", folder)
-    status, _, error = run_script(copy, "--from", public_data)
+    status, _, error = run_script("data/safety_labels/prepare.py", "--from", public_data, "--out", folder)
     assert status == 0, error
     read = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [read(name) for name in ("train.jsonl", "val.jsonl", "attack.jsonl", "judge/train.jsonl", "judge/val.jsonl",
-                                    "harmless.jsonl")]
+    return [read(name) for name in ("train.jsonl", "val.jsonl", "attack.jsonl", "judge/train.jsonl", "judge/val.jsonl")]
 
 
 def test_the_validation_set_stays_out_of_training(labelled, public_data):
@@ -132,18 +130,12 @@ def test_labels_follow_the_publishers(labelled):
 
 def test_the_judge_learns_from_nothing_that_the_guard_learns_from(labelled):
     """With the README's commands, the guard reads each fourth row of DiaSafety."""
-    train, _, _, judge, judge_val, _ = labelled
+    train, _, _, judge, judge_val = labelled
     rows = [r for r in train if r["source"] != "diasafety"] + [r for r in train if r["source"] == "diasafety"][3::4]
     pair = lambda r: (r["prompt"], r.get("prefill", ""), r["response"])
     assert not {pair(r) for r in judge} & {pair(r) for r in rows} and not {pair(r) for r in judge} & {pair(r) for r in judge_val}
     assert {r["source"] for r in judge} == {"jailbreakbench", "xstest", "diasafety", "turned", "babble"}
     assert len([r for r in judge_val if r["source"] == "jailbreakbench"]) > 400
-
-
-def test_harmless_prompts_are_safe_ones(labelled):
-    *_, harmless = labelled
-    assert len({r["prompt"] for r in harmless}) == 40 and all(r["category"] == "harmless" for r in harmless)
-    assert "How can I kill a Python process?" in {r["prompt"] for r in harmless}
 
 
 def test_openings_say_yes_to_safe_and_unsafe_questions(labelled):
@@ -173,8 +165,8 @@ def test_beginnings_that_turn_or_fall_apart(labelled):
 
 
 def test_a_missing_source_is_named(tmp_path):
-    status, _, error = run_script(ROOT / "data" / "safety_labels" / "prepare.py", "--from", tmp_path)
-    assert status == 1 and error.count("\n") == 1 and "jailbreakbench" in error and "--from" in error
+    status, _, error = run_script("data/safety_labels/prepare.py", "--from", tmp_path, "--out", tmp_path)
+    assert status == 2 and error.count("\n") == 1 and "jailbreakbench" in error and "--from" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -199,18 +191,27 @@ def test_the_policys_own_replies(smollm2):
     """A prefill from the opening, then perhaps the beginning of a refusal, then what the policy makes of it."""
     sample = script("safety_rewards").sample_batch
     opening = smollm2.tokenizer.encode(REQUESTS[0][1])
-    rows = [r for seed in range(3) for r in sample(smollm2, REQUESTS, [], 64, 14, seed)]
+    rows = [r for seed in range(3) for r in sample(smollm2, REQUESTS, [], None, 64, 14, seed)]
     assert [r["source"] for r in rows] == [1, 2] * 24
     assert [r["held_out"] for r in rows] == ([False] * 8 + [True] * 4 + [False] * 4) * 3
     assert all(len(r["reply"]) == 14 or r["reply"][-1] == 2 for r in rows)
     shared = [next((n for n, (a, b) in enumerate(zip(r["reply"], opening)) if a != b), 14) for r in rows]
     assert min(shared) < 6 and max(shared) > 10                         # prefills of many lengths
     turn = smollm2.tokenizer.encode(" I'm sorry, but I cannot")
-    rows = sample(smollm2, REQUESTS, [" I'm sorry, but I cannot"], 64, 30, 0)
+    rows = sample(smollm2, REQUESTS, [" I'm sorry, but I cannot"], 3, 64, 30, 0)
     assert {r["source"] for r in rows} == {3}
     for row in rows:
         prefill = next(n for n in range(17) if row["reply"][n] != ([*opening, None] * 2)[n])    # up to where it turns
         assert row["reply"][prefill] == turn[0]
+
+
+def test_ordinary_requests(smollm2):
+    """Safe questions with the opening of an answer, never unsafe ones; and requests that the policy makes up."""
+    labels = [{"source": "opening", "prompt": "How do I kill a process?", "response": "To kill a process, you", "unsafe": 0},
+              {"source": "opening", "prompt": "How do I kill a man?", "response": "To kill a man, you", "unsafe": 1}]
+    first, *made_up = script("safety_rewards").ordinary_requests(smollm2, labels, 3, seed=0)
+    assert first == ("How do I kill a process?", "To kill a process, you", True)
+    assert len(made_up) == 3 and all(len(text.split()) > 1 and not opening for text, opening, _ in made_up)
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +224,15 @@ def small_corpus(smollm2_folder, tmp_path_factory):
     path.write_bytes(gzip.compress("\n".join(json.dumps({"chosen": t, "rejected": t}) for t in turns).encode()))
     labels = [{"source": "advbench", "prompt": f"Request {i}", "response": "Sure, here is", "unsafe": 1} for i in range(10)]
     labels.append({"source": "turned", "prompt": "Request 1", "prefill": "Sure", "response": " I'm sorry, but", "unsafe": 0})
+    labels.append({"source": "opening", "prompt": "Question?", "response": "Sure, here is", "unsafe": 0})
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
 
     def make(out, *options, start=()):
         out.mkdir(exist_ok=True)
         return run_script(*start, ROOT / "data" / "safety_rewards" / "prepare.py", "--from", folder, "--labels",
                           folder / "train.jsonl", "--out", out, "--hh_replies", 10, "--policy_batches", 2,
-                          "--refused_batches", 1, "--max_reply", 7, "--shards", 3, *options)
+                          "--refused_batches", 1, "--ordinary_batches", 1, "--synthetic", 2, "--max_reply", 7, "--shards", 3,
+                          *options)
     return make
 
 
@@ -247,7 +250,8 @@ def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_
     assert small_corpus(two, start=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))[0] == 0
     assert set(contents(one)) == {f"corpus-0{k}-of-03.safetensors" for k in range(3)}
     both = [training + held_out for training, held_out in (read_rewards(one, smollm2), read_rewards(two, smollm2))]
-    assert [len(examples) for examples in both] == [10 + 3 * 32] * 2 and log.count("policy, refused: 32 replies") == 1
+    assert [len(examples) for examples in both] == [10 + 4 * 32] * 2
+    assert log.count("policy, refused: 32 replies") == log.count("policy, ordinary: 32 replies") == 1
     for ours, theirs in zip(*both):
         assert (ours.source, ours.context, ours.reply) == (theirs.source, theirs.context, theirs.reply)
         assert ours.targets == pytest.approx(theirs.targets, abs=1e-3)      # another number of threads rounds otherwise
@@ -280,7 +284,7 @@ def test_prompts_of_our_own():
     rows = {}
     for name in ("harmful_dev", "harmful_test", "harmless_dev", "harmless_test"):
         path = ROOT / "data" / "prompts" / f"{name}.jsonl"
-        assert len(read_rows(path, "prefill", "", None)) == 60
+        assert len(read_rows([path], "prefill", "", None)) == 60
         rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
     harmful, harmless = rows["harmful_dev"] + rows["harmful_test"], rows["harmless_dev"] + rows["harmless_test"]
     assert len({r["prompt"] for r in harmful + harmless}) == 240

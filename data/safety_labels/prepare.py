@@ -5,25 +5,25 @@ Labelled replies, to train and validate the guard: JailbreakBench, XSTest, DiaSa
 
 Writes train.jsonl and val.jsonl beside this file, one object a line:
     {"source": ..., "prompt": ..., "response": ..., "unsafe": 0 or 1}, some with a "prefill": ... before the response
-and, for eval.py, attack.jsonl, 40 held-out requests, and harmless.jsonl, 40 prompts that should be answered. judge/train.jsonl and judge/val.jsonl are for an
-independent judge: nothing that it learns from is in train.jsonl. readme.md there names publishers, licences and
-how each label was derived. WARNING: harmful and offensive text.
+and, for eval.py, attack.jsonl, 40 held-out requests. judge/train.jsonl and judge/val.jsonl are for an independent
+judge: nothing that it learns from is in train.jsonl. readme.md there names publishers, licences and how each label
+was derived. WARNING: harmful and offensive text.
 """
 
-import argparse
 import csv
-import http.client
 import io
 import json
-import os
 import random
 import re
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
+
+from data.download import fetch, write_jsonl                # noqa: E402
+from model import BadInput, Parser                          # noqa: E402
+
 GITHUB = "https://raw.githubusercontent.com"
 JAILBREAKBENCH = (
     [f"DSN/white_box/{model}" for model in ("llama-2-7b-chat-hf", "vicuna-13b-v1.5")]
@@ -47,31 +47,13 @@ SOURCES = {
 }
 
 
-def fetch(name, url, local, cache):
-    """Bytes of one file: from the local folder where one is given, else downloaded once into the cache."""
-    path = Path(local or cache) / name
-    if not local and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        print(f"downloading {url}", file=sys.stderr)
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer:
-                partial.write_bytes(answer.read())
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            sys.exit(f"{url} could not be downloaded ({error}); get it by other means and pass its folder with --from")
-        os.replace(partial, path)
+def read_source(name, local):
+    """Bytes of one file of SOURCES: from the local folder where one is given, else downloaded once."""
+    path = Path(local) / name if local else fetch(SOURCES[name], HERE / "download" / name)
     try:
         return path.read_bytes()
     except OSError as error:
-        sys.exit(f"{path}: cannot be read ({error.strerror}); --from takes a folder in the layout of readme.md")
-
-
-def write_jsonl(rows, path):
-    """One JSON object a line, written to a temporary name and renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, path)
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); --from takes a folder in the layout of readme.md") from None
 
 
 def row(source, prompt, response, unsafe):
@@ -220,10 +202,11 @@ def judge_rows(replies, dia_train, prompts, pick):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Collect labelled replies to train and validate the guard.")
+    parser = Parser(description="Collect labelled replies to train and validate the guard.")
     parser.add_argument("--from", dest="local", help="a folder with the publishers' files, instead of downloading")
+    parser.add_argument("--out", type=Path, default=HERE, help="the folder to write to")
     args = parser.parse_args()
-    read = lambda name: fetch(name, SOURCES[name], args.local, HERE / "download")
+    read = lambda name: read_source(name, args.local)
     jbb_train, jbb_val, held_out_goals = jailbreakbench(read)
     xs_train, xs_val, refusals, prompts = xstest(read)
     requests = advbench(read, held_out_goals)
@@ -236,12 +219,10 @@ def main():
     replies = [r for r in val if r["source"] in ("jailbreakbench", "xstest")]
     judge = judge_rows(replies, dia_train, prompts, random.Random(1))
     judge_val = validation((jbb_train + xs_train + refused(requests, refusals) + diasafety(read, "test"))[::3], judge)
-    (HERE / "judge").mkdir(exist_ok=True)
-    write_jsonl(attacks(val), HERE / "attack.jsonl")
-    safe = [prompt for prompt, unsafe in prompts.items() if not unsafe]
-    write_jsonl([{"prompt": prompt, "category": "harmless"} for prompt in safe[::len(safe) // 40][:40]], HERE / "harmless.jsonl")
+    (args.out / "judge").mkdir(exist_ok=True)
+    write_jsonl(attacks(val), args.out / "attack.jsonl")
     for name, rows in (("train", train), ("val", val), ("judge/train", judge), ("judge/val", judge_val)):
-        write_jsonl(rows, HERE / f"{name}.jsonl")
+        write_jsonl(rows, args.out / f"{name}.jsonl")
         for source in dict.fromkeys(r["source"] for r in rows):
             labels = [r["unsafe"] for r in rows if r["source"] == source]
             print(f"{name}.jsonl: {source}: {len(labels)} replies, {sum(labels)} unsafe")
@@ -250,6 +231,9 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except BadInput as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"could not prepare the labels: {type(error).__name__}: {error}")
     except KeyboardInterrupt:

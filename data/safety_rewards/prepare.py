@@ -12,13 +12,10 @@ offensive text.
 
 import gzip
 import hashlib
-import http.client
 import json
 import os
 import random
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import torch
@@ -28,6 +25,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
+from data.download import fetch                             # noqa: E402
 from model import DTYPES, BadInput, Llama, Parser, at_least_1, read_jsonl   # noqa: E402
 from mrm import load_adapter, read_metadata                 # noqa: E402
 from search import draw, next_logits, nucleus               # noqa: E402
@@ -38,22 +36,11 @@ HH_FILE = "hh_rlhf/harmless-base/test.jsonl.gz"
 HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/test.jsonl.gz"
 SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "policy, ordinary"]
 PROMPTS_A_BATCH, REPLIES_A_PROMPT = 8, 4
-SYNTHETIC = 160                     # ordinary requests that the policy makes up, beside XSTest's 250 safe ones
 
 
 def read_hh(local):
-    """Bytes of HH-RLHF's harmless-base/test.jsonl.gz: local, or downloaded once."""
-    path = Path(local) / HH_FILE if local else HERE / "download" / HH_FILE
-    if not local and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        print(f"downloading {HH_URL}", file=sys.stderr)
-        try:
-            with urllib.request.urlopen(HH_URL, timeout=60) as answer:
-                partial.write_bytes(answer.read())
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            sys.exit(f"{HH_URL} could not be downloaded ({error}); pass a folder that has {HH_FILE} with --from")
-        os.replace(partial, path)
+    """The bytes of HH-RLHF's harmless-base/test.jsonl.gz: local, or downloaded once."""
+    path = Path(local) / HH_FILE if local else fetch(HH_URL, HERE / "download" / HH_FILE)
     return gzip.decompress(path.read_bytes())
 
 
@@ -82,19 +69,19 @@ def harmful_requests(labels):
     return [(request, reply, i % 10 == 0) for i, (request, reply) in enumerate(wanted.items())]
 
 
-def ordinary_requests(policy, labels, seed):
-    """(request, opening of a reply, held out) of requests that are no attack: XSTest's safe prompts, and some that the
-    policy makes up when it is to write the user's turn (Magpie, Xu et al. 2024, arXiv 2406.08464). Every tenth is held
-    out."""
+def ordinary_requests(policy, labels, synthetic, seed):
+    """(request, opening of a reply, held out) of requests that are no attack: XSTest's safe prompts, and as many as
+    `synthetic` says that the policy makes up when it is to write the user's turn (Magpie, Xu et al. 2024, arXiv
+    2406.08464). Every tenth is held out."""
     requests = [(r["prompt"], r["response"]) for r in labels if r["source"] == "opening" and not r["unsafe"]]
     trie, generator, made_up = TrieCache(policy), torch.Generator().manual_seed(seed), {}
     root = trie.insert(trie.root, policy.template.prefix)
-    while len(made_up) < SYNTHETIC:
-        texts = [[] for _ in range(PROMPTS_A_BATCH * REPLIES_A_PROMPT)]
+    while len(made_up) < synthetic:
+        texts = [[] for _ in range(min(2 * synthetic, PROMPTS_A_BATCH * REPLIES_A_PROMPT))]     # about half of them end
         go_on(policy, [trie] * len(texts), [root] * len(texts), texts, 40, generator)
         made_up |= {policy.tokenizer.decode(t[:-1]).strip(): "" for t in texts if t[-1] in policy.config.eos_token_ids}
         made_up.pop("", None)
-    requests += list(made_up.items())[:SYNTHETIC]
+    requests += list(made_up.items())[:synthetic]
     return [(request, opening, i % 10 == 0) for i, (request, opening) in enumerate(requests)]
 
 
@@ -183,6 +170,7 @@ def main():
     add("--policy_batches", type=int, default=28, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
     add("--refused_batches", type=int, default=24, help="the same, with the beginning of a refusal after the prefill")
     add("--ordinary_batches", type=int, default=28, help="the same, of replies to ordinary requests")
+    add("--synthetic", type=int, default=160, help="ordinary requests that the policy makes up, beside XSTest's safe ones")
     add("--max_prompt", type=int, default=64, help="tokens kept of a prompt, the last ones")
     add("--max_reply", type=int, default=56, help="tokens of a reply, prefill included")
     add("--seed", type=int, default=0)
@@ -191,6 +179,8 @@ def main():
     args = parser.parse_args()
     if not Path(args.labels).exists():
         raise BadInput(f"{args.labels} is missing; run data/safety_labels/prepare.py first")
+    if args.ordinary_batches and args.synthetic < 1:
+        raise BadInput(f"--synthetic is {args.synthetic}, but it must be at least 1")
     if not args.out.is_dir():
         raise BadInput(f"--out {args.out}: no such folder")
     policy = Llama.load(args.policy, getattr(torch, args.dtype), args.device)
@@ -199,7 +189,7 @@ def main():
     requests, turns = harmful_requests(labels), [r["response"] for r in labels if r["source"] == "turned"]
     if args.refused_batches and not turns:
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
-    ordinary = ordinary_requests(policy, labels, args.seed) if args.ordinary_batches else []
+    ordinary = ordinary_requests(policy, labels, args.synthetic, args.seed) if args.ordinary_batches else []
     dialogues = hh_replies(policy, read_hh(args.local), args.hh_replies, args.max_prompt, args.max_reply)
     digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     metadata = {"vocabulary": policy.tokenizer.fingerprint, "source_names": SOURCES,

@@ -1,0 +1,47 @@
+"""
+The requests of RewardBench that should be refused, each with a reply that complies: AI2's refusals, as in the paper.
+
+    python data/ai2_refusals/prepare.py
+
+Writes test.jsonl, rows as eval.py reads them. readme.md says where they come from. WARNING: harmful and offensive text.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
+
+from data.download import hub_rows, write_jsonl             # noqa: E402
+from model import BadInput, Parser                          # noqa: E402
+
+DATASET, CONFIG, SPLIT, SUBSETS = "allenai/reward-bench", "default", "filtered", "refusals-"
+
+
+def main():
+    parser = Parser(description="Fetch the refusals of RewardBench.")
+    parser.add_argument("--server", default="https://datasets-server.huggingface.co", help="the hub's rows service")
+    parser.add_argument("--out", type=Path, default=HERE, help="the folder for test.jsonl")
+    args = parser.parse_args()
+    rows = []
+    for row in hub_rows(DATASET, CONFIG, SPLIT, args.out / "download", args.server):
+        fields = [row.get(key) for key in ("prompt", "rejected", "subset")]
+        if not all(isinstance(field, str) for field in fields):
+            raise BadInput(f"{DATASET}: a row without the texts prompt, rejected and subset; the data set has changed")
+        if row["subset"].startswith(SUBSETS):
+            rows.append({"prompt": row["prompt"].strip(), "response": row["rejected"].strip(), "category": row["subset"]})
+    if not rows:
+        raise BadInput(f"{DATASET}, split {SPLIT}: no row has a subset {SUBSETS}...; the data set has changed")
+    write_jsonl(rows, args.out / "test.jsonl")
+    for subset in dict.fromkeys(row["category"] for row in rows):
+        print(f"test.jsonl: {subset}: {sum(row['category'] == subset for row in rows)} requests with a reply")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

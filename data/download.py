@@ -1,0 +1,102 @@
+"""
+Files from their publishers, for the prepare.py of each folder here: resumed where they were cut off, complete or not there.
+
+    fetch(url, path)                                    one file
+    hub_file("datasets/OWNER/NAME", "a/file", path)     one file of the Hugging Face hub
+    hub_rows("OWNER/NAME", "default", "train", folder)  all rows of a data set there, without a parquet library
+
+HF_TOKEN, where set, is sent to the hub (gated files need it); HF_ENDPOINT names another hub.
+"""
+
+import http.client
+import json
+import os
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from model import BadInput, read_json
+
+ROWS_A_PAGE = 100                                       # the most that the rows service gives at once
+
+
+def fetch(url, path, token=None, ask_at=None):
+    """Download a file unless it is there, and return its path. What an interrupted download left in PATH.partial is
+    gone on with. token: sent as a bearer token to this host, but to none that it redirects to. ask_at: where access
+    can be asked for. Raises BadInput, in one line, when the file cannot be had or comes incomplete."""
+    path = Path(path)
+    if path.exists():
+        return path
+    partial = path.with_name(path.name + ".partial")
+    request = urllib.request.Request(url)
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = partial.stat().st_size if partial.exists() else 0
+        if have:
+            request.add_header("Range", f"bytes={have}-")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            have = have if answer.status == 206 else 0  # 200: all of it comes, from the beginning
+            length = answer.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            with open(partial, "ab" if have else "wb") as file, tqdm(
+                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, file=sys.stderr) as bar:
+                while block := answer.read(1 << 20):
+                    bar.update(file.write(block))
+    except urllib.error.HTTPError as error:
+        if error.code == 416:                           # there is nothing after what we have: it is of another file
+            partial.unlink()
+            return fetch(url, path, token, ask_at)
+        reason = {401: "it asks for access", 403: "access was refused", 404: "there is no such file"}.get(error.code, error.reason)
+        if error.code in (401, 403) and ask_at:
+            reason += f"; ask for it at {ask_at}, and set HF_TOKEN to a token of that account"
+        raise BadInput(f"{url}: {reason} (HTTP {error.code})") from None
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        raise BadInput(f"{url} could not be downloaded ({getattr(error, 'reason', error)}); run this again to go on") from None
+    if total is not None and partial.stat().st_size != total:
+        raise BadInput(f"{url} was cut off after {partial.stat().st_size} of {total} bytes; run this again to go on")
+    os.replace(partial, path)
+    return path
+
+
+def hub_file(repository, name, path):
+    """Download one file of a hub repository ("OWNER/NAME", of data sets "datasets/OWNER/NAME"). Raises as `fetch`."""
+    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}"
+    return fetch(f"{page}/resolve/main/{urllib.parse.quote(name)}", path, os.environ.get("HF_TOKEN"), page)
+
+
+def hub_rows(dataset, config, split, folder, server="https://datasets-server.huggingface.co"):
+    """All rows of a split, in order, page by page through the hub's rows service. The pages stay in `folder`, so
+    that what was interrupted goes on. Raises BadInput as `fetch`, and for a page that is not what it should be."""
+    offset, total = 0, 1
+    while offset < total:
+        query = urllib.parse.urlencode({"dataset": dataset, "config": config, "split": split, "offset": offset,
+                                        "length": ROWS_A_PAGE})
+        path = Path(folder) / f"{split}-{offset:06d}.json"
+        fetch(f"{server.rstrip('/')}/rows?{query}", path, os.environ.get("HF_TOKEN"),
+              f"https://huggingface.co/datasets/{dataset}")
+        page = read_json(path)
+        try:
+            total, rows = page["num_rows_total"], page["rows"]
+            expected = min(ROWS_A_PAGE, total - offset)
+            if [row["row_idx"] for row in rows] != list(range(offset, offset + expected)) or any(
+                    row["truncated_cells"] for row in rows):
+                raise ValueError("rows are missing or cut off")
+            yield from (row["row"] for row in rows)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{path}: not a page of {dataset} ({type(error).__name__}: {error}); delete it and run this "
+                           "again") from None
+        offset += expected
+
+
+def write_jsonl(rows, path):
+    """One JSON object a line, written to a temporary name and renamed."""
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(partial, path)
