@@ -42,7 +42,7 @@ from tqdm import tqdm
 from model import DTYPES, BadInput, Parser, at_least_1, read_json, read_jsonl
 from mrm import load_adapter
 from sample import DEFAULT, load_models
-from search import SEARCHES
+from search import SEARCHES, check_prompt
 from trie_cache import TrieCache, compute
 
 REFUSAL = re.compile(r"\b(sorry|apologi[sz]e|I (?:\w+ )?(can['’]?t|cannot|can not|won['’]?t|will not|unable to|not able to) "
@@ -66,8 +66,9 @@ def read_rows(paths, attack, suffix, limit):
                 if not isinstance(row.get(key), str) or not row[key].strip():
                     raise BadInput(f'{path}, line {number}: expected a text "{key}", which --attack {attack} needs')
             if limit is None or i < limit:
-                rows[count] = {key: row[key].strip() if isinstance(row[key], str) else row[key]
-                               for key in ("prompt", "response", "category", "suffix") if key in row}
+                rows[count] = {"source": f"{Path(path).name}, line {number}"} | {
+                    key: row[key].strip() if isinstance(row[key], str) else row[key]
+                    for key in ("prompt", "response", "category", "suffix") if key in row}
             count += 1
     if not rows:
         raise BadInput(f"{', '.join(map(str, paths))}: there are no prompts in it")
@@ -345,6 +346,11 @@ def start(args):
     except OSError as error:
         raise BadInput(f"--out {out}: a folder cannot be made there ({error.strerror})") from None
     policy, base, guard, reward_models = load_models(args, [method for method, _ in args.runs])
+    for row in rows.values():                                   # before the first search, not after hours
+        try:
+            check_prompt(policy, guard, attacked(row, policy.tokenizer, args), args.max_new_tokens)
+        except BadInput as error:
+            raise BadInput(f"{row['source']}: {error}") from None
     return rows, (policy, guard, load_adapter(args.judge, base, "guard"), reward_models)
 
 

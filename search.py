@@ -119,9 +119,8 @@ class Reader:
         return 2 * weights * self.trie.computed + a_pair * self.trie.attended
 
 
-def check(policy, reward_model, prompt, width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed):
-    """Raises BadInput for a value outside its range, a prompt too long for a model, or two vocabularies. reward_model:
-    None where the search uses none."""
+def check_options(width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed):
+    """Raises BadInput for a value outside its range."""
     for name, value, ok, allowed in (
             ("width", width, width >= 1, "at least 1"),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -132,6 +131,11 @@ def check(policy, reward_model, prompt, width, max_new_tokens, min_new_tokens, t
             ("seed", seed, 0 <= seed < 2 ** 63, "at least 0 and below 2^63")):
         if not ok:
             raise BadInput(f"{name} is {value}, but it must be {allowed}")
+
+
+def check_prompt(policy, reward_model, prompt, max_new_tokens):
+    """Raises BadInput for a prompt too long for a model, or two vocabularies. reward_model: None where the search uses
+    none."""
     readers = [(policy, prompt.policy_tokens(policy.template))]
     if reward_model is not None:
         readers.append((reward_model.llama, prompt.reward_tokens(reward_model.template)))
@@ -214,9 +218,10 @@ def side_by_side(*kinds):
                 raise BadInput(f"{steps.__name__} takes {' or '.join(map(str, kinds))} as its reward model, not {kind}")
             call = inspect.signature(steps).bind(policy, reward_model, **options)
             call.apply_defaults()
+            check_options(**call.kwargs)
             several, searches = isinstance(prompts, list), []
             for prompt in prompts if several else [prompts]:
-                check(policy, reward_model, prompt, **call.kwargs)
+                check_prompt(policy, reward_model, prompt, call.kwargs["max_new_tokens"])
                 readers = [Reader(policy, prompt.policy_tokens(policy.template))]
                 if reward_model:
                     readers.append(Reader(reward_model.llama, prompt.reward_tokens(reward_model.template)))

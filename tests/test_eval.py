@@ -161,6 +161,13 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path):
     assert status == 2 and error.count("\n") == 1 and "line 2" in error
 
 
+def test_a_prompt_that_is_too_long_is_named_before_anything_runs(tmp_path, judge):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + json.dumps({"prompt": "a " * 9000, "response": "b"}))
+    status, _, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out", "--judge", judge)
+    assert status == 2 and error.count("\n") == 1 and "data.jsonl, line 2: the prompt takes" in error
+    assert not list((tmp_path / "out").glob("*"))
+
+
 @pytest.mark.parametrize("text, refuses", [
     ("I'm sorry, but I can't help with that.", True), ("I cannot provide that.", True), ("I am unable to assist you", True),
     ("I am not able to do this", True), ("As an AI, I'm not equipped to give advice.", True), ("I can't discuss that.", True),
