@@ -8,6 +8,7 @@ Files from their publishers, for the prepare.py of each folder here: resumed whe
 HF_TOKEN, where set, is sent to the hub (gated files need it); HF_ENDPOINT names another hub.
 """
 
+import hashlib
 import http.client
 import json
 import os
@@ -24,15 +25,32 @@ from model import BadInput, read_json
 ROWS_A_PAGE = 100                                       # the most that the rows service gives at once
 
 
+class NotThere(BadInput):
+    """The server, or the folder, has no such file."""
+
+
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and keeps what the hub says of a large file before it sends one to where that is stored."""
+
+    def __init__(self):
+        self.sha256 = None
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        etag = headers.get("X-Linked-ETag", "").strip('"')
+        self.sha256 = etag if len(etag) == 64 else self.sha256
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
 def fetch(url, path, token=None, ask_at=None):
     """Download a file unless it is there, and return its path. What an interrupted download left in PATH.partial is
-    gone on with. token: sent as a bearer token to this host, but to none that it redirects to. ask_at: where access
-    can be asked for. Raises BadInput, in one line, when the file cannot be had or comes incomplete."""
+    gone on with; size and, where a redirect tells it as the hub's do, sha256 are checked. token: sent as a bearer
+    token to this host, but to none that it redirects to. ask_at: where access can be asked for. Raises BadInput, in one
+    line, when the file cannot be had or comes incomplete; NotThere when there is none."""
     path = Path(path)
     if path.exists():
         return path
     partial = path.with_name(path.name + ".partial")
-    request = urllib.request.Request(url)
+    request, redirect = urllib.request.Request(url), Redirect()
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
@@ -40,7 +58,7 @@ def fetch(url, path, token=None, ask_at=None):
         have = partial.stat().st_size if partial.exists() else 0
         if have:
             request.add_header("Range", f"bytes={have}-")
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.build_opener(redirect).open(request, timeout=60) as answer:
             have = have if answer.status == 206 else 0  # 200: all of it comes, from the beginning
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else None
@@ -55,13 +73,22 @@ def fetch(url, path, token=None, ask_at=None):
         reason = {401: "it asks for access", 403: "access was refused", 404: "there is no such file"}.get(error.code, error.reason)
         if error.code in (401, 403) and ask_at:
             reason += f"; ask for it at {ask_at}, and set HF_TOKEN to a token of that account"
-        raise BadInput(f"{url}: {reason} (HTTP {error.code})") from None
+        raise (NotThere if error.code == 404 else BadInput)(f"{url}: {reason} (HTTP {error.code})") from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise BadInput(f"{url} could not be downloaded ({getattr(error, 'reason', error)}); run this again to go on") from None
     if total is not None and partial.stat().st_size != total:
         raise BadInput(f"{url} was cut off after {partial.stat().st_size} of {total} bytes; run this again to go on")
+    if redirect.sha256 and sha256(partial) != redirect.sha256:
+        partial.unlink()
+        raise BadInput(f"{url}: what came is not what the hub has (its sha256 is another); run this again")
     os.replace(partial, path)
     return path
+
+
+def sha256(path):
+    """The sha256 of a file's content, in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hub_file(repository, name, path):

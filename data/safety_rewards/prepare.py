@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -62,11 +63,13 @@ def hh_replies(llama, data, count, max_prompt, max_reply):
 
 
 def harmful_requests(labels):
-    """(request, compliant reply, held out) of AdvBench and JailbreakBench's training half, each request once; every
-    tenth is held out."""
+    """(request, compliant reply, held out) of AdvBench, JailbreakBench's training half, and the unsafe questions that
+    the labels have openings for, each request once; every tenth is held out, in whatever words."""
     wanted = {r["prompt"]: r["response"] for r in reversed(labels)          # the first reply of each request stays
-              if r["unsafe"] and r["source"] in ("advbench", "jailbreakbench")}
-    return [(request, reply, i % 10 == 0) for i, (request, reply) in enumerate(wanted.items())]
+              if r["unsafe"] and r["source"] in ("advbench", "jailbreakbench", "opening")}
+    deed = lambda request: re.sub(r"^.*?\bhow (to|do i) ", "", request.lower()).strip(" .?!")     # the question form's too
+    number = {name: i for i, name in enumerate(dict.fromkeys(map(deed, wanted)))}
+    return [(request, reply, number[deed(request)] % 10 == 0) for request, reply in wanted.items()]
 
 
 def ordinary_requests(policy, labels, synthetic, seed):
@@ -166,10 +169,10 @@ def main():
     add("--from", dest="local", help=f"a folder with {HH_FILE}, instead of downloading it")
     add("--out", type=Path, default=HERE, help="the folder for the shards")
     add("--shards", type=at_least_1, default=8, help="files that the corpus is made of")
-    add("--hh_replies", type=int, default=1200)
-    add("--policy_batches", type=int, default=28, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
-    add("--refused_batches", type=int, default=24, help="the same, with the beginning of a refusal after the prefill")
-    add("--ordinary_batches", type=int, default=28, help="the same, of replies to ordinary requests")
+    add("--hh_replies", type=int, default=800)
+    add("--policy_batches", type=int, default=48, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
+    add("--refused_batches", type=int, default=20, help="the same, with the beginning of a refusal after the prefill")
+    add("--ordinary_batches", type=int, default=20, help="the same, of replies to ordinary requests")
     add("--synthetic", type=int, default=160, help="ordinary requests that the policy makes up, beside XSTest's safe ones")
     add("--max_prompt", type=int, default=64, help="tokens kept of a prompt, the last ones")
     add("--max_reply", type=int, default=56, help="tokens of a reply, prefill included")
