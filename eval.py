@@ -40,7 +40,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import DTYPES, BadInput, Parser, at_least_1, read_json, read_jsonl
-from mrm import load_adapter
+from mrm import load_guard
 from sample import DEFAULT, load_models
 from search import SEARCHES, check_prompt
 from trie_cache import TrieCache, compute
@@ -136,10 +136,9 @@ def repeats(tokens, n=4):
 def measure(prompts, replies, tries, policy, guard, judge):
     """(reward by the guard, by the judge, log-probability) of one reply to each prompt. tries: for each prompt, one of
     each of the three models; the prompt stays in them for the next reply to it."""
-    contexts = [(prompt.policy_tokens(policy.template), prompt.reward_tokens(guard.template),
-                 prompt.reward_tokens(judge.template)) for prompt in prompts]
-    paths = [[read(trie, context, reply) for trie, context in zip(mine, three)]
-             for mine, three, reply in zip(tries, contexts, replies)]
+    paths = [[read(mine[0], prompt.policy_tokens(policy.template), reply)] +
+             [read(trie, prompt.reward_tokens(model.template), reply + model.template.suffix)
+              for trie, model in zip(mine[1:], (guard, judge))] for mine, prompt, reply in zip(tries, prompts, replies)]
     for llama, its_tries in zip((policy, guard.llama, judge.llama), zip(*tries)):
         compute(llama, its_tries)
     measured = []
@@ -351,7 +350,7 @@ def start(args):
             check_prompt(policy, guard, attacked(row, policy.tokenizer, args), args.max_new_tokens)
         except BadInput as error:
             raise BadInput(f"{row['source']}: {error}") from None
-    return rows, (policy, guard, load_adapter(args.judge, base, "guard"), reward_models)
+    return rows, (policy, guard, load_guard(args.judge, base), reward_models)
 
 
 def main():

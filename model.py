@@ -410,9 +410,11 @@ def read_tensors(path):
 
 @dataclass
 class Template:
-    """The tokens around a conversation: prefix + user + infix + reply."""
+    """The tokens around a conversation: prefix + user + infix + reply. A guard that is asked for its verdict in words
+    reads the suffix after that."""
     prefix: list
     infix: list
+    suffix: list = field(default_factory=list)
 
     def __call__(self, user, reply=()):
         return [*self.prefix, *user, *self.infix, *reply]
@@ -482,7 +484,8 @@ class Tokenizer:
             parts["prefix"], parts["infix"]
         except (KeyError, TypeError):
             raise BadInput(f"{self.path}: no template {name!r} with a prefix and an infix") from None
-        return Template(*(self.encoding.encode(parts[key], allowed_special="all") for key in ("prefix", "infix")))
+        return Template(*(self.encoding.encode(text, allowed_special="all")
+                          for text in (parts["prefix"], parts["infix"], parts.get("suffix", ""))))
 
     def prompt(self, user, prefill="", hide_prefill=False):
         """A Prompt, tokenized piece by piece. Raises BadInput for an empty text."""

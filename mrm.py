@@ -17,6 +17,7 @@ Shapes: n sequences, T tokens, d = hidden_size, V = vocab_size, r = LoRA rank.
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import BadInput, Template, read_json, read_tensors
+from model import BadInput, Llama, Template, read_json, read_tensors
 
 # ---------------------------------------------------------------------------------------------------------------
 # LoRA
@@ -107,8 +108,30 @@ class Guard(nn.Module):
         return self.head(hidden).squeeze(-1)
 
     def score(self, trie, sequences):
-        """R of n token lists, read through a trie of this guard's Llama: (n,)."""
-        return self.rewards(trie(sequences))
+        """R of n token lists, read through a trie of this guard's Llama: (n,). A suffix, where the template has one, is
+        a branch at the end of each that is thrown away; the trie then holds these sequences only."""
+        rewards = self.rewards(trie([sequence + self.template.suffix for sequence in sequences]))
+        if self.template.suffix:
+            trie.retain(sequences)
+        return rewards
+
+
+class LlamaGuard(Guard):
+    """R(s) = logit("safe") − logit("unsafe") of the first word that a Llama Guard (Inan et al. 2023, arXiv 2312.06674)
+    says of s: the paper's PRM. It is asked by the template's suffix, which stands after the reply. Raises BadInput when
+    one of the two words is not one token."""
+
+    def __init__(self, llama):
+        nn.Module.__init__(self)
+        self.llama, self.template = llama, llama.tokenizer.template("guard")
+        safe, unsafe = (llama.tokenizer.encode(word) for word in ("safe", "unsafe"))
+        if len(safe) != 1 or len(unsafe) != 1:
+            raise BadInput(f"{llama.config.name}: a Llama Guard needs a vocabulary with the tokens safe and unsafe")
+        self.direction = llama.lm_head.weight[safe[0]] - llama.lm_head.weight[unsafe[0]]     # (d,)
+
+    def rewards(self, hidden):
+        """R of the sequences that end, suffix included, at these hidden states: (..., d) -> (...)."""
+        return hidden @ self.direction
 
 
 class MRM(nn.Module):
@@ -262,6 +285,22 @@ def read_tensor(path):
     if not isinstance(tensor, torch.Tensor):
         raise BadInput(f"{path}: expected a tensor, found {type(tensor).__name__}")
     return tensor
+
+
+def load_guard(path, llama):
+    """The guard at `path`: an adapter file of this repository on `llama`, or the folder of a Llama Guard (of `llama`
+    itself, where that is the same checkpoint)."""
+    if not Path(path).is_dir():
+        return load_adapter(path, llama, "guard")
+    other = Llama.load(path, llama.dtype, llama.device)
+    if other.tokenizer is None or other.tokenizer.fingerprint != (llama.tokenizer and llama.tokenizer.fingerprint):
+        raise BadInput(f"{path} and {llama.config.name} have different vocabularies; guard and policy must share one")
+    return LlamaGuard(llama if other.fingerprint == llama.fingerprint else other)
+
+
+def guard_id(path, guard):
+    """12 hex digits that tell a guard from others: of an adapter's file, or of a Llama Guard's weights."""
+    return guard.llama.fingerprint if Path(path).is_dir() else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def load_mrm(path, llama):

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from model import DTYPES, BadInput, Llama, Parser
-from mrm import load_adapter, load_mrm
+from mrm import load_guard, load_mrm
 from search import SEARCHES, check_vocabulary
 from trie_cache import TrieCache
 
@@ -51,7 +51,7 @@ def parse_arguments():
     add("--policy", default=DEFAULT, metavar="DIR", help="a Llama checkpoint with its vocabulary")
     add("--mrm", default=DEFAULT / "mrm.safetensors", metavar="PATH", help="an adapter, or a released MRM's folder")
     add("--mrm_base", default=DEFAULT, metavar="DIR", help="the Llama that MRM and guard are adapters of")
-    add("--guard", default=DEFAULT / "guard.safetensors", metavar="PATH", help="the adapter that judges replies")
+    add("--guard", default=DEFAULT / "guard.safetensors", metavar="PATH", help="the adapter that judges replies, or a Llama Guard's folder")
     add("--device", default="cpu")
     add("--dtype", choices=DTYPES, default="float32")
     add("--compare", action="store_true", help="all methods, one after another")
@@ -104,7 +104,7 @@ def load_models(args, methods):
     same = Path(args.mrm_base).resolve() == Path(args.policy).resolve()
     base = policy if same else load(args.mrm_base)
     check_vocabulary(policy, base)
-    guard = load_adapter(args.guard, base, "guard")
+    guard = load_guard(args.guard, base)
     mrm = load_mrm(args.mrm, base) if "mrm" in [SEARCHES[method][1] for method in methods] else None
     return policy, base, guard, {method: {None: None, "guard": guard, "mrm": mrm}[SEARCHES[method][1]] for method in methods}
 

@@ -72,13 +72,13 @@ class Result:
 class Reader:
     """One model's side of one prompt's search: its trie, the tokens that stand before the reply, and its cost."""
 
-    def __init__(self, llama, context):
-        self.trie, self.context = TrieCache(llama), context
+    def __init__(self, llama, context, suffix=()):
+        self.trie, self.context, self.suffix = TrieCache(llama), context, list(suffix)
         self.nodes, self.asked = {}, []                 # the trie's node of each branch it has; those asked for
         self.calls = self.unshared_slots = 0
 
     def ask(self, branches, keep=()):
-        """Ask for h(context + reply) of n branches. The next `compute` reads what is new of them. What is on no path
+        """Ask for h(context + reply + suffix) of n branches. The next `compute` reads what is new of them. What is on no path
         to them, nor to one of `keep`, is forgotten."""
         self.asked = []
         if not branches:
@@ -86,8 +86,10 @@ class Reader:
         known = [self.nearest(branch) for branch in branches]
         self.trie.keep({node for node, _ in known} | {self.nearest(branch)[0] for branch in keep})
         self.nodes = {branch: node for branch, node in self.nodes.items() if node.slot is not None}
-        self.asked = [self.trie.insert(*rest) for rest in known]
+        self.asked = [self.trie.insert(node, tokens + self.suffix) for node, tokens in known]
         for branch, node in zip(branches, self.asked):
+            for _ in self.suffix:                           # a side branch, on no path to anything later
+                node = node.parent
             while branch is not None and branch not in self.nodes:
                 self.nodes[branch] = node
                 branch, node = branch.parent, node.parent
@@ -138,7 +140,8 @@ def check_prompt(policy, reward_model, prompt, max_new_tokens):
     none."""
     readers = [(policy, prompt.policy_tokens(policy.template))]
     if reward_model is not None:
-        readers.append((reward_model.llama, prompt.reward_tokens(reward_model.template)))
+        template = reward_model.template
+        readers.append((reward_model.llama, prompt.reward_tokens(template) + template.suffix))
         check_vocabulary(policy, reward_model.llama)
     for llama, context in readers:
         limit = llama.config.max_position_embeddings
@@ -224,7 +227,8 @@ def side_by_side(*kinds):
                 check_prompt(policy, reward_model, prompt, call.kwargs["max_new_tokens"])
                 readers = [Reader(policy, prompt.policy_tokens(policy.template))]
                 if reward_model:
-                    readers.append(Reader(reward_model.llama, prompt.reward_tokens(reward_model.template)))
+                    template = reward_model.template
+                    readers.append(Reader(reward_model.llama, prompt.reward_tokens(template), template.suffix))
                 searches.append((steps(*call.args, **call.kwargs), readers))
             results = lockstep(policy, reward_model, searches)
             return results if several else results[0]

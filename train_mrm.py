@@ -29,7 +29,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from model import BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors
-from mrm import MRM, Guard, add_lora, fill, load_adapter, partial_supervision_loss, read_metadata, save_adapter, trained_tensors
+from mrm import (MRM, Guard, LlamaGuard, add_lora, fill, guard_id, load_adapter, load_guard, partial_supervision_loss, read_metadata,
+                 save_adapter, trained_tensors)
+from trie_cache import TrieCache
 
 WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or after so many tokens
 SMOOTHING = 0.02            # of the guard's labels
@@ -66,9 +68,10 @@ def read_labels(path, llama, max_prompt, max_reply):
     return examples
 
 
-def read_rewards(folder, llama):
+def read_rewards(folder, llama, guard=None):
     """(training, held-out) examples from the shards of data/safety_rewards, whose readme.md describes them. Raises
-    BadInput when a shard is missing, incomplete, or made with another vocabulary, template or run than it should."""
+    BadInput when a shard is missing, incomplete, or made with another vocabulary or run than it should; with the id
+    of a guard (mrm.guard_id), also when another guard has given the rewards."""
     template, paths = llama.tokenizer.template("reward"), sorted(Path(folder).glob("corpus-*.safetensors"))
     metadata = [read_metadata(path) for path in paths]
     if not paths or metadata[0].get("shards") != len(paths):
@@ -77,9 +80,9 @@ def read_rewards(folder, llama):
     training, held_out = [], []
     for path, meta in zip(paths, metadata):
         for what, theirs, ours in (("vocabulary", meta.get("vocabulary"), llama.tokenizer.fingerprint),
-                                   ("template", meta.get("template"), [template.prefix, template.infix]),
-                                   ("run", meta.get("run"), metadata[0].get("run"))):
-            if theirs != ours:
+                                   ("run", meta.get("run"), metadata[0].get("run")),
+                                   ("guard", meta.get("run", {}).get("guard"), guard)):
+            if theirs != ours and (what != "guard" or guard):
                 raise BadInput(f"{path} was made for the {what} {theirs}, but here it must be {ours}")
         data = dict(read_tensors(path))
         split = lambda name, lengths: [t.tolist() for t in data[name].split(data[lengths].tolist())]
@@ -156,6 +159,9 @@ def mrm_loss(mrm, tokens, rows, columns, targets):
 @torch.no_grad()
 def predictions(reward_model, examples, device, size=16):
     """Each example's rewards at all of its reply tokens, by the guard or the MRM: a list of float arrays."""
+    if isinstance(reward_model, LlamaGuard):            # its suffix comes after each prefix; one trie a reply
+        beginnings = lambda e: [e.context + e.reply[:i + 1] for i in range(len(e.reply))]
+        return [reward_model.score(TrieCache(reward_model.llama), beginnings(e)).float().cpu().numpy() for e in examples]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].context + examples[i].reply))
     result = [None] * len(examples)
     for start in range(0, len(order), size):
@@ -266,7 +272,8 @@ def load_data(args, llama):
         training, held_out = [read_labels(Path(args.data) / f"{name}.jsonl", llama, args.max_prompt, max_reply)
                               for name, max_reply in (("train", args.max_reply), ("val", WHOLE_REPLY))]
     else:
-        training, held_out = read_rewards(args.data, llama)
+        guard = args.guard and guard_id(args.guard, load_guard(args.guard, llama))
+        training, held_out = read_rewards(args.data, llama, guard)
     training = weigh(training, args.weights)
     if not training or not held_out:
         raise BadInput(f"{args.data}: expected replies to train on and to validate with, "
@@ -342,6 +349,7 @@ def train(args):
         f"{sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps")
     if args.objective == "mrm":
         log(f"seen tokens: {int((~reward_model.unseen).sum())} of {len(reward_model.unseen)}")
+        log(f"rewards: {histogram(np.concatenate([e.targets for e in training]))}")
 
     per_epoch = math.ceil(len(training) / args.batch_size)
     started, tokens_read, losses = time.time(), 0, []
@@ -373,6 +381,13 @@ def train(args):
     log_report(f"as written, all {len(held_out)} held-out replies",
                validate(load_adapter(out, llama, args.objective), held_out, args.device))
     checkpoint.unlink(missing_ok=True)
+
+
+def histogram(values, bins=8):
+    """The share of the finite values in each of some ranges of equal width, as text."""
+    values = values[np.isfinite(values)]
+    counts, edges = np.histogram(values, bins)
+    return ", ".join(f"{low:.1f} to {high:.1f}: {count / max(1, len(values)):.1%}" for low, high, count in zip(edges, edges[1:], counts))
 
 
 def log_report(title, report):
@@ -415,6 +430,7 @@ def main():
     add("--max_prompt", type=at_least_1, default=64, help="guard: tokens kept of a prompt, the last ones")
     add("--max_reply", type=at_least_1, default=64, help="guard: tokens kept of a reply, the first ones")
     add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
+    add("--guard", metavar="PATH", help="MRM: refuse rewards that another guard has given than this one")
     add("--min_count", type=int, default=1, help="MRM: a token counts as seen from so many occurrences on")
     add("--accumulate", type=at_least_1, default=1, help="pieces that a process cuts its part of a batch into: less memory")
     add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32",

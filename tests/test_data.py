@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, SMOLLM2, run_script
 from safetensors.torch import load_file
 
-from mrm import read_metadata
+from mrm import guard_id, read_metadata
 from train_mrm import read_rewards
 
 
@@ -172,16 +172,28 @@ def test_a_missing_source_is_named(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 # the corpus of rewards
 
-def test_the_last_turn_of_a_dialogue(smollm2):
+def write_dialogues(folder, split, pairs):
+    """HH-RLHF's file of a split. pairs: (preferred, rejected) dialogues."""
+    path = folder / "hh_rlhf" / "harmless-base" / f"{split}.jsonl.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("\n".join(json.dumps({"chosen": a, "rejected": b}) for a, b in pairs).encode()))
+
+
+def test_the_last_turn_of_a_dialogue(smollm2, tmp_path):
     rewards = script("safety_rewards")
     turn = "\n\nHuman: first {0}\n\nAssistant: answer\n\nHuman: second {0}\n\nAssistant: last {0}"
-    data = "\n".join(json.dumps({"chosen": turn.format(f"c{i}"), "rejected": turn.format(f"r{i}")}) for i in range(90))
-    rows = rewards.hh_replies(smollm2, data.encode(), 60, 64, 56)
+    pairs = lambda name, count: [(turn.format(f"{name}c{i}"), turn.format(f"{name}r{i}")) for i in range(count)]
+    write_dialogues(tmp_path, "test", pairs("", 90))
+    rows = rewards.hh_replies(smollm2, rewards.hh_dialogues(tmp_path, 60), 64, 56)
     decode = smollm2.tokenizer.decode
     assert [decode(r["prompt"]) for r in rows[:4]] == ["second c0", "second r1", "second c3", "second r4"]
     assert [decode(r["reply"]) for r in rows[:2]] == ["last c0", "last r1"] and rows[0]["reply"][-1] == 2
     held_out = [decode(r["prompt"])[7] for r in rows if r["held_out"]]
     assert sorted(held_out) == ["c"] * 3 + ["r"] * 3                    # a tenth, preferred and rejected alike
+    write_dialogues(tmp_path, "train", pairs("train ", 3))
+    rows = rewards.hh_replies(smollm2, rewards.hh_dialogues(tmp_path, "all"), 64, 56)
+    assert [decode(r["reply"]) for r in rows][4:8] == ["last train c2", "last train r2", "last c0", "last r0"]
+    assert [r["held_out"] for r in rows] == [False] * 6 + [True] * 180
 
 
 REQUESTS = [(f"Request {i}", "Sure, here is how to do what you have asked me for", i == 2) for i in range(4)]
@@ -218,10 +230,7 @@ def test_ordinary_requests(smollm2):
 def small_corpus(smollm2_folder, tmp_path_factory):
     """Runs data/safety_rewards/prepare.py on a few made-up dialogues and requests: small_corpus(out, options, start)."""
     folder = tmp_path_factory.mktemp("sources")
-    path = folder / "hh_rlhf" / "harmless-base" / "test.jsonl.gz"
-    path.parent.mkdir(parents=True)
-    turns = [f"\n\nHuman: Question {i}?\n\nAssistant: Answer {i}." for i in range(12)]
-    path.write_bytes(gzip.compress("\n".join(json.dumps({"chosen": t, "rejected": t}) for t in turns).encode()))
+    write_dialogues(folder, "test", [(f"\n\nHuman: Question {i}?\n\nAssistant: Answer {i}.",) * 2 for i in range(12)])
     labels = [{"source": "advbench", "prompt": f"Request {i}", "response": "Sure, here is", "unsafe": 1} for i in range(10)]
     labels.append({"source": "turned", "prompt": "Request 1", "prefill": "Sure", "response": " I'm sorry, but", "unsafe": 0})
     labels.append({"source": "opening", "prompt": "Question?", "response": "Sure, here is", "unsafe": 0})
@@ -239,7 +248,7 @@ def small_corpus(smollm2_folder, tmp_path_factory):
 def contents(folder):
     """Tensors and metadata of each file. (The order of safetensors' metadata in a file is not specified.)"""
     values = lambda path: {name: tensor.tolist() for name, tensor in load_file(path).items()}
-    return {path.name: (values(path), read_metadata(path)) for path in folder.iterdir()}
+    return {path.name: (values(path), read_metadata(path)) for path in folder.glob("*.safetensors")}
 
 
 def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_path):
@@ -255,6 +264,12 @@ def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_
     for ours, theirs in zip(*both):
         assert (ours.source, ours.context, ours.reply) == (theirs.source, theirs.context, theirs.reply)
         assert ours.targets == pytest.approx(theirs.targets, abs=1e-3)      # another number of threads rounds otherwise
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (one, two)]
+    for folder, manifest in zip((one, two), manifests):
+        assert [s["sha256"] for s in manifest["shards"]] == [
+            hashlib.sha256((folder / s["file"]).read_bytes()).hexdigest() for s in manifest["shards"]]
+        assert manifest["replies"] == len(both[0]) and manifest["tokens"] == sum(len(e.reply) for e in both[0])
+        assert manifest["run"]["guard"] == guard_id(SMOLLM2 / "guard.safetensors", guard)
     for example in both[0][::20]:
         hidden = guard.llama(torch.tensor([example.context + example.reply]))[0, len(example.context):]
         assert guard.rewards(hidden).tolist() == pytest.approx(example.targets, abs=1e-2)

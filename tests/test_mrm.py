@@ -217,25 +217,6 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, tiny_guard):
     assert not (tmp_path / "was run").exists()
 
 
-def test_the_released_weights(public_data):
-    """The real Saffron-1 adapter at its real shapes, on a base model of Llama-Guard-3-1B's shape with zero weights
-    (the real one is gated)."""
-    folder = public_data / "saffron_1_1b"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
-    config = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=1, num_hidden_layers=16,
-                         num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
-                         tie_word_embeddings=True)
-    with torch.device("meta"):
-        llama = Llama(config)
-    llama = llama.to_empty(device="cpu").to(torch.bfloat16).requires_grad_(False)
-    for p in llama.parameters():
-        p.data.zero_()
-    mrm = load_released_mrm(folder, llama, Template([128000, 271, 1502, 25], [271, 17230, 25]))
-    assert int((~mrm.unseen).sum()) == 36_243 and mrm.bias.isfinite().all() and mrm.bias.abs().sum() > 0
-    assert all(block.self_attn.q_proj.lora_B.abs().sum() > 0 for block in mrm.llama.model.layers)
-
-
 def test_the_committed_mrm_can_end_a_reply(mrm):
     assert not mrm.unseen[list(mrm.llama.config.eos_token_ids)].any()
     assert mrm.unseen.any()

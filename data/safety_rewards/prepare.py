@@ -1,17 +1,17 @@
 """
-The MRM's corpus, the paper's Safety4M at laptop scale: replies with the guard's reward after every token.
+The MRM's corpus, the paper's Safety4M: replies with the guard's reward after every token. At laptop scale, or in full.
 
-    python data/safety_rewards/prepare.py --guard data/smollm2/guard.safetensors [--from FOLDER]
+    python data/safety_rewards/prepare.py [--from FOLDER]
+    python data/safety_rewards/prepare.py --hh_replies all --policy_batches 0 --refused_batches 0 --ordinary_batches 0 ...
     torchrun --nproc_per_node 4 data/safety_rewards/prepare.py ...      the same shards, made by four processes
 
 Two kinds of replies: those of HH-RLHF's harmless dialogues, and the policy's own, sampled for the harmful requests of
 data/safety_labels (prepare that first) with and without a prefill, and for ordinary requests. Writes the shards
-corpus-*.safetensors, which readme.md describes; those that are there already are not made again. WARNING: harmful and
-offensive text.
+corpus-*.safetensors and manifest.json, which readme.md describes; shards that are there already are not made again.
+WARNING: harmful and offensive text.
 """
 
 import gzip
-import hashlib
 import json
 import os
 import random
@@ -26,39 +26,48 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from data.download import fetch                             # noqa: E402
-from model import DTYPES, BadInput, Llama, Parser, at_least_1, read_jsonl   # noqa: E402
-from mrm import load_adapter, read_metadata                 # noqa: E402
+from data.download import fetch, sha256                     # noqa: E402
+from model import DTYPES, BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors   # noqa: E402
+from mrm import guard_id, load_guard, read_metadata         # noqa: E402
 from search import draw, next_logits, nucleus               # noqa: E402
 from train_mrm import Example, predictions                  # noqa: E402
 from trie_cache import TrieCache, compute                   # noqa: E402
 
-HH_FILE = "hh_rlhf/harmless-base/test.jsonl.gz"
-HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/test.jsonl.gz"
+HH_FILE = "hh_rlhf/harmless-base/{}.jsonl.gz"
+HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/{}.jsonl.gz"
 SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "policy, ordinary"]
 PROMPTS_A_BATCH, REPLIES_A_PROMPT = 8, 4
 
 
-def read_hh(local):
-    """The bytes of HH-RLHF's harmless-base/test.jsonl.gz: local, or downloaded once."""
-    path = Path(local) / HH_FILE if local else fetch(HH_URL, HERE / "download" / HH_FILE)
-    return gzip.decompress(path.read_bytes())
+def read_hh(local, split):
+    """The lines of HH-RLHF's harmless-base, "train" or "test": local, or downloaded once. One is a pair of dialogues."""
+    name = HH_FILE.format(split)
+    path = Path(local) / name if local else fetch(HH_URL.format(split), HERE / "download" / name)
+    return gzip.decompress(path.read_bytes()).decode("utf-8").strip().split("\n")
 
 
-def hh_replies(llama, data, count, max_prompt, max_reply):
-    """The last turn of `count` dialogues, evenly spread, the preferred and the rejected reply in turn."""
-    lines = data.decode("utf-8").strip().split("\n")
+def hh_dialogues(local, count):
+    """(dialogue, held out): of `count` pairs of the test split, evenly spread, the preferred and the rejected one in
+    turn, every tenth pair held out; or, count being "all", both of all pairs, the test split held out."""
+    if count == "all":
+        return [(json.loads(line)[side], split == "test") for split in ("train", "test") for line in read_hh(local, split)
+                for side in ("chosen", "rejected")]
+    lines = read_hh(local, "test") if count else []
     if count > len(lines):
         raise BadInput(f"--hh_replies {count}: there are {len(lines)} dialogues")
+    return [(json.loads(lines[i * len(lines) // count])["rejected" if i % 2 else "chosen"], i // 2 % 10 == 0)
+            for i in range(count)]
+
+
+def hh_replies(llama, dialogues, max_prompt, max_reply):
+    """The last turn of each dialogue as a row; dialogues that have none are left out."""
     eos, rows = llama.config.eos_token_ids[0], []
-    for i in range(count):
-        dialogue = json.loads(lines[i * len(lines) // count])["rejected" if i % 2 else "chosen"]
+    for dialogue, held_out in dialogues:
         before, _, reply = dialogue.rpartition("\n\nAssistant:")
         prompt = before.rpartition("\n\nHuman:")[2]
         if prompt.strip() and reply.strip():
             rows.append({"source": 0, "prompt": llama.tokenizer.encode(prompt.strip())[-max_prompt:],
-                         "reply": (llama.tokenizer.encode(reply.strip()) + [eos])[:max_reply],
-                         "held_out": i // 2 % 10 == 0})
+                         "reply": (llama.tokenizer.encode(reply.strip()) + [eos])[:max_reply], "held_out": held_out})
     return rows
 
 
@@ -160,16 +169,39 @@ def write_shard(path, rows, rewards, metadata):
     os.replace(partial, path)
 
 
+def write_manifest(out, paths, metadata):
+    """What is in the shards, for whoever reads them, when all are there."""
+    if not all(path.exists() for path in paths):
+        return                                              # another process still works, and will write it
+    shards = []
+    for path in paths:
+        lengths = dict(read_tensors(path))["reply_lengths"]
+        shards.append({"file": path.name, "replies": len(lengths), "tokens": int(lengths.sum()), "sha256": sha256(path)})
+    manifest = {**metadata, "shards": shards, "replies": sum(s["replies"] for s in shards),
+                "tokens": sum(s["tokens"] for s in shards)}
+    partial = out / f"manifest.{os.getpid()}.partial"
+    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, out / "manifest.json")
+
+
+def count_or_all(text):
+    """For argparse: a number of replies, or "all"."""
+    if text != "all" and int(text) < 0:
+        raise ValueError
+    return text if text == "all" else int(text)
+
+
 def main():
     parser = Parser(description="Make the MRM's training corpus.")
     add = parser.add_argument
-    add("--guard", default="data/smollm2/guard.safetensors", help="the guard that gives the rewards")
-    add("--policy", default="data/smollm2", help="the policy that writes replies, and the guard's base")
+    add("--guard", default="data/smollm2/guard.safetensors", help="what gives the rewards: an adapter on --policy, or a Llama "
+        "Guard's folder")
+    add("--policy", default="data/smollm2", help="the policy that writes replies, whose vocabulary the guard must have")
     add("--labels", default=HERE.parent / "safety_labels" / "train.jsonl", help="what data/safety_labels prepared")
-    add("--from", dest="local", help=f"a folder with {HH_FILE}, instead of downloading it")
+    add("--from", dest="local", help=f"a folder with {HH_FILE.format('test')}, instead of downloading it")
     add("--out", type=Path, default=HERE, help="the folder for the shards")
     add("--shards", type=at_least_1, default=8, help="files that the corpus is made of")
-    add("--hh_replies", type=int, default=800)
+    add("--hh_replies", type=count_or_all, default=800, help="replies of HH-RLHF's test split; all: both splits in full")
     add("--policy_batches", type=int, default=48, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
     add("--refused_batches", type=int, default=20, help="the same, with the beginning of a refusal after the prefill")
     add("--ordinary_batches", type=int, default=20, help="the same, of replies to ordinary requests")
@@ -180,29 +212,31 @@ def main():
     add("--device", default="cpu")
     add("--dtype", choices=DTYPES, default="float32")
     args = parser.parse_args()
-    if not Path(args.labels).exists():
+    own = args.policy_batches + args.refused_batches + args.ordinary_batches
+    if own and not Path(args.labels).exists():
         raise BadInput(f"{args.labels} is missing; run data/safety_labels/prepare.py first")
     if args.ordinary_batches and args.synthetic < 1:
         raise BadInput(f"--synthetic is {args.synthetic}, but it must be at least 1")
     if not args.out.is_dir():
         raise BadInput(f"--out {args.out}: no such folder")
     policy = Llama.load(args.policy, getattr(torch, args.dtype), args.device)
-    guard = load_adapter(args.guard, policy, "guard")
-    labels = [row for _, row in read_jsonl(args.labels)]
+    guard = load_guard(args.guard, policy)
+    labels = [row for _, row in read_jsonl(args.labels)] if own else []
     requests, turns = harmful_requests(labels), [r["response"] for r in labels if r["source"] == "turned"]
     if args.refused_batches and not turns:
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
     ordinary = ordinary_requests(policy, labels, args.synthetic, args.seed) if args.ordinary_batches else []
-    dialogues = hh_replies(policy, read_hh(args.local), args.hh_replies, args.max_prompt, args.max_reply)
-    digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    dialogues = hh_replies(policy, hh_dialogues(args.local, args.hh_replies), args.max_prompt, args.max_reply)
     metadata = {"vocabulary": policy.tokenizer.fingerprint, "source_names": SOURCES,
                 "template": [guard.template.prefix, guard.template.infix], "shards": args.shards,
-                "run": {"policy": policy.fingerprint, "guard": digest(args.guard), "labels": digest(args.labels)} | {
+                "run": {"policy": policy.fingerprint, "guard": guard_id(args.guard, guard),
+                        "labels": sha256(args.labels)[:12] if own else None} | {
                     key: value for key, value in vars(args).items()
                     if key not in ("guard", "policy", "labels", "local", "out", "device")}}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+    paths = [args.out / f"corpus-{k:02d}-of-{args.shards:02d}.safetensors" for k in range(args.shards)]
     for k in range(rank, args.shards, world):
-        path = args.out / f"corpus-{k:02d}-of-{args.shards:02d}.safetensors"
+        path = paths[k]
         if path.exists():
             there = read_metadata(path)
             if there != metadata:
@@ -210,7 +244,7 @@ def main():
                                "anew")
             print(f"{path.name} is there already", flush=True)
             continue
-        batches = range(k, args.policy_batches + args.refused_batches + args.ordinary_batches, args.shards)
+        batches = range(k, own, args.shards)
         rows = dialogues[k::args.shards] + own_replies(policy, list(requests), list(ordinary), turns, batches, args)
         if not rows:
             raise BadInput(f"--shards {args.shards} is more than there are replies for; shard {k} would be empty")
@@ -218,6 +252,7 @@ def main():
         rewards = predictions(guard, examples, args.device)
         write_shard(path, rows, rewards, metadata)
         report(path.name, rows, rewards)
+    write_manifest(args.out, paths, metadata)
 
 
 def report(name, rows, rewards):
