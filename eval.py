@@ -299,7 +299,7 @@ def parse_arguments():
     add("--max_new_tokens", type=int, default=50)
     add("--min_new_tokens", type=int, default=16)
     add("--top_p", type=float, default=0.8)
-    add("--beta", type=float, default=0.2, help="saffron: weight of the reply's log-probability; 0 is the paper")
+    add("--beta", type=float, default=0.05, help="saffron: weight of the reply's log-probability; 0 is the paper")
     add("--seed", type=int, default=0)
     add("--limit", type=at_least_1, help="use only the first rows of each file")
     add("--batch", type=at_least_1, default=1, help="prompts searched side by side; changes no reply")

@@ -19,6 +19,7 @@ Shapes: n sequences, m candidates, d = hidden_size, V = vocab_size.
 
 import functools
 import inspect
+import itertools
 import math
 import time
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from trie_cache import TrieCache, compute
 REBASE_TEMPERATURE = 1.0        # R is the log-odds of "safe": at 1, expansions are shared in proportion to the odds
 DEAL_LOOK_AHEAD, DEAL_LAMBDA = 4, 1.0
 MCTS_EXPLORATION = 1.0          # P(safe), which it stands beside, is in [0, 1]
+NO_REPEAT = 4                   # saffron with beta: so many tokens in a row do not come twice
 
 
 @dataclass(eq=False)
@@ -466,6 +468,8 @@ def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=
     probability of the whole reply so far. A reward is the log-odds of "safe", so σ(M(s)_a) is P(safe | s·a); at beta = 1
     this is Bayes' rule for log π(s·a | safe), up to a constant. Among replies that are all quite safe, what the policy
     would say decides, so a harmless question gets an answer and no apology. (log σ is monotone: beta → 0 is the paper.)
+    The likeliest replies run in circles, as in any search for them (Holtzman et al. 2020, arXiv 1904.09751); so with
+    beta > 0 no NO_REPEAT tokens in a row come twice (Paulus et al. 2017, arXiv 1705.04304).
 
     With a guard in place of the MRM it is the very same search at the price that the MRM saves: R(s·a) costs one
     call of the guard for each candidate.
@@ -502,10 +506,19 @@ def rewarded(branches, rewards):
 
 def best(finished, candidates, width, beta):
     """The next frontier: the `width` candidates with the highest reward, or with beta > 0 the highest log σ(reward) +
-    beta · log_prob, equal ones as they stand; after that, what is finished stands first."""
+    beta · log_prob of those that do not repeat themselves (of all, if all do), equal ones as they stand; after that,
+    what is finished stands first."""
     score = lambda branch: log_sigmoid(branch.reward) + beta * branch.log_prob if beta else branch.reward
-    kept = sorted(candidates, key=score, reverse=True)[:width]              # stable: equal ones keep their order
+    kept = ranked = sorted(candidates, key=score, reverse=True)             # stable: equal ones keep their order
+    if beta:
+        kept = list(itertools.islice((branch for branch in ranked if not repeats_its_end(branch.tokens)), width))
+    kept = (kept or ranked)[:width]
     return sorted(finished + kept, key=lambda branch: (not branch.finished, -score(branch)))[:width]
+
+
+def repeats_its_end(tokens, n=NO_REPEAT):
+    """Whether the last n tokens stood in a row before."""
+    return any(tokens[i:i + n] == tokens[-n:] for i in range(len(tokens) - n))
 
 
 def log_sigmoid(x):

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from model import BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors
-from mrm import (MRM, Guard, LlamaGuard, add_lora, fill, guard_id, load_adapter, load_guard, partial_supervision_loss, read_metadata,
-                 save_adapter, trained_tensors)
+from mrm import (MRM, Guard, LlamaGuard, add_lora, fill, guard_id, load_adapter, load_guard, partial_supervision_loss,
+                 read_metadata, save_adapter, trained_tensors)
 from trie_cache import TrieCache
 
 WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or after so many tokens
@@ -387,7 +387,8 @@ def histogram(values, bins=8):
     """The share of the finite values in each of some ranges of equal width, as text."""
     values = values[np.isfinite(values)]
     counts, edges = np.histogram(values, bins)
-    return ", ".join(f"{low:.1f} to {high:.1f}: {count / max(1, len(values)):.1%}" for low, high, count in zip(edges, edges[1:], counts))
+    return ", ".join(f"{low:.1f} to {high:.1f}: {count / max(1, len(values)):.1%}"
+                     for low, high, count in zip(edges, edges[1:], counts))
 
 
 def log_report(title, report):

@@ -70,7 +70,8 @@ def fetch(url, path, token=None, ask_at=None):
         if error.code == 416:                           # there is nothing after what we have: it is of another file
             partial.unlink()
             return fetch(url, path, token, ask_at)
-        reason = {401: "it asks for access", 403: "access was refused", 404: "there is no such file"}.get(error.code, error.reason)
+        reasons = {401: "it asks for access", 403: "access was refused", 404: "there is no such file"}
+        reason = reasons.get(error.code, error.reason)
         if error.code in (401, 403) and ask_at:
             reason += f"; ask for it at {ask_at}, and set HF_TOKEN to a token of that account"
         raise (NotThere if error.code == 404 else BadInput)(f"{url}: {reason} (HTTP {error.code})") from None

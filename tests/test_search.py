@@ -62,6 +62,9 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, 
             total = log_prob + math.log(p)
             score = F.logsigmoid(rewards[token]).item() + beta * total if beta else rewards[token].item()
             pool.append((-score, i, -p, tokens + [token], rewards[token].item(), total))
+    if beta:                                            # no four tokens in a row twice, unless nothing else is left
+        grams = lambda tokens: [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
+        pool = [x for x in pool if len(set(grams(x[3]))) == len(grams(x[3]))] or pool
     return [(tokens, reward, total) for *_, tokens, reward, total in sorted(pool)[:width]]
 
 
@@ -76,6 +79,19 @@ def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt, beta):
         assert [b.tokens for b in got] == [tokens for tokens, *_ in frontier]
         assert [b.reward for b in got] == pytest.approx([reward for _, reward, _ in frontier], abs=1e-9)
         assert [b.log_prob for b in got] == pytest.approx([total for *_, total in frontier], abs=1e-9)
+
+
+def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
+    """No four tokens in a row come twice, though each of the few that are left must come often."""
+    few = copy.deepcopy(tiny_mrm)
+    few.unseen[:] = True
+    few.unseen[[7, 20, 21, 22]] = False
+    grams = lambda tokens: [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
+    looping = saffron(tiny_policy, few, Prompt([1, 2, 3]), width=2, max_new_tokens=30, min_new_tokens=30, top_p=1.0)
+    assert len(set(grams(looping.tokens))) < 27
+    result = saffron(tiny_policy, few, Prompt([1, 2, 3]), width=2, max_new_tokens=30, min_new_tokens=30, top_p=1.0,
+                     beta=0.05)
+    assert all(len(set(grams(branch.tokens))) == len(grams(branch.tokens)) for branch in result.trace[-1])
 
 
 def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, tiny_mrm, tiny_guard):
