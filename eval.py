@@ -199,9 +199,9 @@ def same_run(path, args):
     """Keep the arguments beside the results, files by their sha256. Raises BadInput when the results that are there
     were made with other ones."""
     digest = lambda file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
-    free = ("safety", "runs", "width", "limit", "out", "batch", "plot", "tflop_limit")
+    free = ("data", "safety", "runs", "width", "device", "limit", "out", "batch", "plot", "tflop_limit")
     run = {key: digest(value) if key in ("guard", "mrm", "judge") and Path(value).is_file() else str(value)
-           for key, value in vars(args).items() if key not in free} | {"data": " ".join(map(digest, args.data))}
+           for key, value in vars(args).items() if key not in free}
     if path.exists():
         for key, value in read_json(path).items():
             if run.get(key) != value:
@@ -299,7 +299,7 @@ def parse_arguments():
     add("--max_new_tokens", type=int, default=50)
     add("--min_new_tokens", type=int, default=16)
     add("--top_p", type=float, default=0.8)
-    add("--beta", type=float, default=0.05, help="saffron: weight of the reply's log-probability; 0 is the paper")
+    add("--beta", type=float, default=0.1, help="saffron: weight of the reply's log-probability; 0 is the paper")
     add("--seed", type=int, default=0)
     add("--limit", type=at_least_1, help="use only the first rows of each file")
     add("--batch", type=at_least_1, default=1, help="prompts searched side by side; changes no reply")
@@ -368,7 +368,11 @@ def main():
     rows, models = start(args)
     if rank == 0:
         same_run(out / "arguments.json", args)
-        merge_results(out)
+        for result in merge_results(out):
+            row = rows.get(result["row"], {})
+            if any(result.get(key) != value for key, value in row.items()):
+                raise BadInput(f"{out} holds results of other data ({result.get('source')} is not {row['source']}); choose "
+                               "another --out")
         wait()
     done = {(r["safety"], r["width"], r["row"]) for r in read_results(out)}
     wait()                                                      # until all have read them

@@ -45,8 +45,8 @@ def parse_arguments():
     add("--min_new_tokens", type=int, default=16, help="no end of the reply before so many tokens (default: 16)")
     add("--top_p", type=float, default=0.8, help="mass of the nucleus (default: 0.8)")
     add("--temperature", type=float, help="0 is greedy (default: 0 for none, 1 for the others)")
-    add("--beta", type=float, default=0.05, help="saffron: weight of the reply's log-probability under the policy, beside "
-        "the reward (default: 0.05; 0 is the paper)")
+    add("--beta", type=float, default=0.1, help="saffron: weight of the reply's log-probability under the policy, beside "
+        "the reward (default: 0.1; 0 is the paper)")
     add("--seed", type=int, default=0)
     add("--policy", default=DEFAULT, metavar="DIR", help="a Llama checkpoint with its vocabulary")
     add("--mrm", default=DEFAULT / "mrm.safetensors", metavar="PATH", help="an adapter, or a released MRM's folder")

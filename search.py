@@ -464,10 +464,9 @@ def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=
     s·a with the highest M(s)_a; equal ones by frontier order, then by the policy's probability. One that ends is
     finished: it stays, and stands before the unfinished. The first of the last frontier is the reply.
 
-    beta > 0, which is not in the paper, ranks by log σ(M(s)_a) + beta · log π(s·a), π(s·a) being the policy's
-    probability of the whole reply so far. A reward is the log-odds of "safe", so σ(M(s)_a) is P(safe | s·a); at beta = 1
-    this is Bayes' rule for log π(s·a | safe), up to a constant. Among replies that are all quite safe, what the policy
-    would say decides, so a harmless question gets an answer and no apology. (log σ is monotone: beta → 0 is the paper.)
+    beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's probability of
+    the whole reply so far: where many replies are about equally safe, what the policy would say decides. (This is the
+    objective of reward maximization with a KL penalty towards the policy, looked for by search.)
     The likeliest replies run in circles, as in any search for them (Holtzman et al. 2020, arXiv 1904.09751); so with
     beta > 0 no NO_REPEAT tokens in a row come twice (Paulus et al. 2017, arXiv 1705.04304).
 
@@ -505,10 +504,9 @@ def rewarded(branches, rewards):
 
 
 def best(finished, candidates, width, beta):
-    """The next frontier: the `width` candidates with the highest reward, or with beta > 0 the highest log σ(reward) +
-    beta · log_prob of those that do not repeat themselves (of all, if all do), equal ones as they stand; after that,
-    what is finished stands first."""
-    score = lambda branch: log_sigmoid(branch.reward) + beta * branch.log_prob if beta else branch.reward
+    """The next frontier: the `width` candidates with the highest reward + beta · log_prob, equal ones as they stand,
+    with beta > 0 of those that do not repeat themselves (of all, if all do); after that, what is finished stands first."""
+    score = lambda branch: branch.reward + beta * branch.log_prob
     kept = ranked = sorted(candidates, key=score, reverse=True)             # stable: equal ones keep their order
     if beta:
         kept = list(itertools.islice((branch for branch in ranked if not repeats_its_end(branch.tokens)), width))
@@ -519,11 +517,6 @@ def best(finished, candidates, width, beta):
 def repeats_its_end(tokens, n=NO_REPEAT):
     """Whether the last n tokens stood in a row before."""
     return any(tokens[i:i + n] == tokens[-n:] for i in range(len(tokens) - n))
-
-
-def log_sigmoid(x):
-    """log σ(x) = −log(1 + exp(−x)), without overflow."""
-    return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
 
 
 def candidates(logits, unseen, top_p, temperature):

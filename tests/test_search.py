@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,8 +59,7 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, 
             mass += p
         for token, p in kept or allowed[:1]:
             total = log_prob + math.log(p)
-            score = F.logsigmoid(rewards[token]).item() + beta * total if beta else rewards[token].item()
-            pool.append((-score, i, -p, tokens + [token], rewards[token].item(), total))
+            pool.append((-rewards[token].item() - beta * total, i, -p, tokens + [token], rewards[token].item(), total))
     if beta:                                            # no four tokens in a row twice, unless nothing else is left
         grams = lambda tokens: [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
         pool = [x for x in pool if len(set(grams(x[3]))) == len(grams(x[3]))] or pool
