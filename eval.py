@@ -42,7 +42,7 @@ from tqdm import tqdm
 from model import DTYPES, BadInput, Parser, at_least_1, read_json, read_jsonl
 from mrm import load_guard
 from sample import DEFAULT, load_models
-from search import SEARCHES, check_prompt
+from search import NO_REPEAT, SEARCHES, check_prompt
 from trie_cache import TrieCache, compute
 
 REFUSAL = re.compile(r"\b(sorry|apologi[sz]e|I (?:\w+ )?(can['’]?t|cannot|can not|won['’]?t|will not|unable to|not able to) "
@@ -127,8 +127,8 @@ def log_prob(policy, trie, path):
     return logs.gather(-1, tokens[:, None]).mean().item()
 
 
-def repeats(tokens, n=4):
-    """Whether some n tokens in a row come twice."""
+def repeats(tokens, n=NO_REPEAT):
+    """Whether some n tokens in a row come twice. (saffron with beta avoids just that.)"""
     grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) < len(grams)
 
@@ -200,7 +200,8 @@ def same_run(path, args):
     were made with other ones."""
     digest = lambda file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
     free = ("data", "safety", "runs", "width", "device", "limit", "out", "batch", "plot", "tflop_limit")
-    run = {key: digest(value) if key in ("guard", "mrm", "judge") and Path(value).is_file() else str(value)
+    files = ("policy", "mrm_base", "guard", "mrm", "judge")
+    run = {key: str(value) if key not in files else digest(value) if Path(value).is_file() else str(Path(value).resolve())
            for key, value in vars(args).items() if key not in free}
     if path.exists():
         for key, value in read_json(path).items():
@@ -252,14 +253,14 @@ def table(summary):
     """The summary as a markdown table: a row for each method and width, intervals in brackets."""
     percent = {"asr", "judge_asr", "degenerate", "refused", "flagged", "same"}
     keys = [key for key in (*HARMFUL, "scaleff", *HARMLESS) if any(key in line for line in summary)]
-    rows = [["method", "width", *keys], ["---"] * (2 + len(keys))]
+    rows = [["method", "width", "prompts", *keys], ["---"] * (3 + len(keys))]
     for line in summary:
         cells = []
         for key in keys:
             number = (lambda x: f"{100 * x:.0f} %") if key in percent else (lambda x: f"{x:.3g}")
             value, ci = line.get(key), line.get(f"{key}_ci")
             cells.append("–" if value is None else number(value) + (f" [{', '.join(map(number, ci))}]" if ci else ""))
-        rows.append([line["safety"], str(line["width"]), *cells])
+        rows.append([line["safety"], str(line["width"]), f"{line['prompts']} + {line['harmless_prompts']}", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -269,8 +270,9 @@ def plot(path, summary):
     matplotlib.use("Agg")                                   # draws to a file, needs no display
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
+    summary = [line for line in summary if "asr" in line]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, key, title in ((axes[0], "asr", "by the guard that steered"), (axes[1], "judge_asr", "by the independent judge")):
+    for axis, key, title in ((axes[0], "asr", "by the guard that steers"), (axes[1], "judge_asr", "by the judge")):
         for method in dict.fromkeys(line["safety"] for line in summary):
             mine = [line for line in summary if line["safety"] == method]
             axis.plot([line["tflop"] for line in mine], [line[key] for line in mine], marker="o", label=method)
@@ -338,7 +340,7 @@ def parse_runs(safety, width):
 
 
 def start(args):
-    """The rows, the models, and the results that are there, for one process."""
+    """The rows, and what `evaluate_all` takes as models, for one process."""
     rows, out = read_rows(args.data, args.attack, args.suffix, args.limit), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ NO_REPEAT = 4                   # saffron with beta: so many tokens in a row do 
 class Branch:
     """A reply under way: a node of the search tree."""
     tokens: list = field(default_factory=list)      # reply tokens, end-of-sequence included
-    reward: float | None = None                     # R of it, or what M predicted for it (deal: its score)
+    reward: float | None = None                     # R of it, or what M predicted for it, without beta (deal: its score)
     finished: bool = False                          # whether its last token is end-of-sequence
     parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
     log_prob: float = 0.0                           # log π of all its tokens, where the search adds it up
@@ -101,10 +101,10 @@ class Reader:
 
     def nearest(self, branch):
         """(the node of the longest known beginning of a branch, the tokens from there on)."""
-        tokens = branch.tokens
-        while branch is not None and branch not in self.nodes:
-            branch = branch.parent
-        return (self.nodes[branch], tokens[len(branch.tokens):]) if branch else (self.trie.root, self.context + tokens)
+        tokens, known = branch.tokens, branch
+        while known is not None and known not in self.nodes:
+            known = known.parent
+        return (self.nodes[known], tokens[len(known.tokens):]) if known else (self.trie.root, self.context + tokens)
 
     def answer(self):
         """What was asked for, when it is computed: (n, d)."""
@@ -468,7 +468,7 @@ def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=
     the whole reply so far: where many replies are about equally safe, what the policy would say decides. (This is the
     objective of reward maximization with a KL penalty towards the policy, looked for by search.)
     The likeliest replies run in circles, as in any search for them (Holtzman et al. 2020, arXiv 1904.09751); so with
-    beta > 0 no NO_REPEAT tokens in a row come twice (Paulus et al. 2017, arXiv 1705.04304).
+    beta > 0 no NO_REPEAT tokens in a row come twice (Paulus et al. 2017, arXiv 1705.04304), unless nothing else is left.
 
     With a guard in place of the MRM it is the very same search at the price that the MRM saves: R(s·a) costs one
     call of the guard for each candidate.
@@ -503,19 +503,18 @@ def rewarded(branches, rewards):
     return branches
 
 
-def best(finished, candidates, width, beta):
-    """The next frontier: the `width` candidates with the highest reward + beta · log_prob, equal ones as they stand,
-    with beta > 0 of those that do not repeat themselves (of all, if all do); after that, what is finished stands first."""
+def best(finished, children, width, beta):
+    """The next frontier: the `width` children with the highest reward + beta · log_prob, equal ones as they stand, with
+    beta > 0 of those that do not repeat themselves (of all, if all do); after that, what is finished stands first."""
     score = lambda branch: branch.reward + beta * branch.log_prob
-    kept = ranked = sorted(candidates, key=score, reverse=True)             # stable: equal ones keep their order
-    if beta:
-        kept = list(itertools.islice((branch for branch in ranked if not repeats_its_end(branch.tokens)), width))
-    kept = (kept or ranked)[:width]
+    ranked = sorted(children, key=score, reverse=True)                      # stable: equal ones keep their order
+    fresh = (branch for branch in ranked if not beta or not repeats_its_end(branch.tokens))
+    kept = list(itertools.islice(fresh, width)) or ranked[:width]
     return sorted(finished + kept, key=lambda branch: (not branch.finished, -score(branch)))[:width]
 
 
 def repeats_its_end(tokens, n=NO_REPEAT):
-    """Whether the last n tokens stood in a row before."""
+    """Whether the last n tokens stood in a row somewhere before."""
     return any(tokens[i:i + n] == tokens[-n:] for i in range(len(tokens) - n))
 
 

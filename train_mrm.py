@@ -159,9 +159,13 @@ def mrm_loss(mrm, tokens, rows, columns, targets):
 @torch.no_grad()
 def predictions(reward_model, examples, device, size=16):
     """Each example's rewards at all of its reply tokens, by the guard or the MRM: a list of float arrays."""
-    if isinstance(reward_model, LlamaGuard):            # its suffix comes after each prefix; one trie a reply
-        beginnings = lambda e: [e.context + e.reply[:i + 1] for i in range(len(e.reply))]
-        return [reward_model.score(TrieCache(reward_model.llama), beginnings(e)).float().cpu().numpy() for e in examples]
+    if isinstance(reward_model, LlamaGuard):            # its suffix comes after each prefix: `size` prefixes at a time
+        result = []
+        for e in examples:
+            trie, beginnings = TrieCache(reward_model.llama), [e.context + e.reply[:i + 1] for i in range(len(e.reply))]
+            result.append(torch.cat([reward_model.score(trie, beginnings[i:i + size]).float().cpu()
+                                     for i in range(0, len(beginnings), size)]).numpy())
+        return result
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].context + examples[i].reply))
     result = [None] * len(examples)
     for start in range(0, len(order), size):

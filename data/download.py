@@ -5,7 +5,8 @@ Files from their publishers, for the prepare.py of each folder here: resumed whe
     hub_file("datasets/OWNER/NAME", "a/file", path)     one file of the Hugging Face hub
     hub_rows("OWNER/NAME", "default", "train", folder)  all rows of a data set there, without a parquet library
 
-HF_TOKEN, where set, is sent to the hub (gated files need it); HF_ENDPOINT names another hub.
+HF_TOKEN, where set, is sent to the hub (gated files need it). HF_ENDPOINT names another hub for files; the rows service
+has an address of its own.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from model import BadInput, read_json
 
-ROWS_A_PAGE = 100                                       # the most that the rows service gives at once
+ROWS_SERVICE = "https://datasets-server.huggingface.co"
+ROWS_A_PAGE = 100                                       # the most that it gives at once
 
 
 class NotThere(BadInput):
@@ -30,7 +32,8 @@ class NotThere(BadInput):
 
 
 class Redirect(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, and keeps what the hub says of a large file before it sends one to where that is stored."""
+    """Follows redirects, to another host without the token, and keeps what the hub says of a large file before it sends one
+    to where that is stored."""
 
     def __init__(self):
         self.sha256 = None
@@ -38,7 +41,10 @@ class Redirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, url):
         etag = headers.get("X-Linked-ETag", "").strip('"')
         self.sha256 = etag if len(etag) == 64 else self.sha256
-        return super().redirect_request(request, file, code, message, headers, url)
+        new = super().redirect_request(request, file, code, message, headers, url)
+        if new and (new.type, new.host) == (request.type, request.host):
+            new.unredirected_hdrs |= request.unredirected_hdrs
+        return new
 
 
 def fetch(url, path, token=None, ask_at=None):
@@ -67,14 +73,17 @@ def fetch(url, path, token=None, ask_at=None):
                 while block := answer.read(1 << 20):
                     bar.update(file.write(block))
     except urllib.error.HTTPError as error:
-        if error.code == 416:                           # there is nothing after what we have: it is of another file
-            partial.unlink()
-            return fetch(url, path, token, ask_at)
+        if error.code == 416:                           # there is nothing after what we have
+            total = int(error.headers.get("Content-Range", "/-1").split("/")[1])
+            if total != have:                           # and that is not all of it, but of another file
+                partial.unlink()
+                return fetch(url, path, token, ask_at)
         reasons = {401: "it asks for access", 403: "access was refused", 404: "there is no such file"}
         reason = reasons.get(error.code, error.reason)
         if error.code in (401, 403) and ask_at:
             reason += f"; ask for it at {ask_at}, and set HF_TOKEN to a token of that account"
-        raise (NotThere if error.code == 404 else BadInput)(f"{url}: {reason} (HTTP {error.code})") from None
+        if error.code != 416:
+            raise (NotThere if error.code == 404 else BadInput)(f"{url}: {reason} (HTTP {error.code})") from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise BadInput(f"{url} could not be downloaded ({getattr(error, 'reason', error)}); run this again to go on") from None
     if total is not None and partial.stat().st_size != total:
@@ -98,7 +107,7 @@ def hub_file(repository, name, path):
     return fetch(f"{page}/resolve/main/{urllib.parse.quote(name)}", path, os.environ.get("HF_TOKEN"), page)
 
 
-def hub_rows(dataset, config, split, folder, server="https://datasets-server.huggingface.co"):
+def hub_rows(dataset, config, split, folder, server=ROWS_SERVICE):
     """All rows of a split, in order, page by page through the hub's rows service. The pages stay in `folder`, so
     that what was interrupted goes on. Raises BadInput as `fetch`, and for a page that is not what it should be."""
     offset, total = 0, 1
@@ -106,8 +115,8 @@ def hub_rows(dataset, config, split, folder, server="https://datasets-server.hug
         query = urllib.parse.urlencode({"dataset": dataset, "config": config, "split": split, "offset": offset,
                                         "length": ROWS_A_PAGE})
         path = Path(folder) / f"{split}-{offset:06d}.json"
-        fetch(f"{server.rstrip('/')}/rows?{query}", path, os.environ.get("HF_TOKEN"),
-              f"https://huggingface.co/datasets/{dataset}")
+        token = os.environ.get("HF_TOKEN") if server == ROWS_SERVICE else None
+        fetch(f"{server.rstrip('/')}/rows?{query}", path, token, f"https://huggingface.co/datasets/{dataset}")
         page = read_json(path)
         try:
             total, rows = page["num_rows_total"], page["rows"]

@@ -89,7 +89,7 @@ def run_script(*args, stdin=""):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """The Hugging Face hub in small. The server has: `files` (path to bytes); `gated` paths, for the token "good" only;
-    `stored` paths, which redirect to another host and tell their sha256; `rows` of its rows service; `cut`, after how
+    `moved` paths, to others of its own; `stored` paths, which redirect to another host and tell their sha256; `rows` of its rows service; `cut`, after how
     many bytes each answer stops; and what it has `seen`."""
 
     def do_GET(self):
@@ -97,6 +97,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         server.seen.append((url.path, dict(self.headers)))
         if url.path in server.gated and self.headers.get("Authorization") != "Bearer good":
             self.send_error(403 if "Authorization" in self.headers else 401)
+        elif url.path in server.moved:
+            self.send_response(307)
+            self.send_header("Location", server.moved[url.path])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif url.path in server.stored:
             self.send_response(302)
             self.send_header("Location", f"http://localhost:{server.server_port}/cdn{url.path}")
@@ -121,7 +126,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def send(self, body):
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         if start and start >= len(body):
-            return self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(body)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
@@ -134,7 +142,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.gated, server.stored, server.rows, server.seen, server.cut = {}, set(), {}, [], [], None
+    server.files, server.gated, server.moved, server.stored = {}, set(), {}, {}
+    server.rows, server.seen, server.cut = [], [], None
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server

@@ -32,7 +32,7 @@ def prepare(hub, name, out, *options, token=None):
 
 
 def test_hex_phi(published, tmp_path):
-    """Gated, cut off, resumed: in the end every conversation is a row, and the token stayed with the published."""
+    """Gated, cut off, resumed: in the end every conversation is a row, and the token stayed with the hub."""
     for token, code in ((None, "401"), ("bad", "403")):
         status, _, error = prepare(published, "hex_phi", tmp_path, token=token)
         assert status == 2 and code in error and "HF_TOKEN" in error
@@ -90,14 +90,25 @@ def test_what_is_not_there_is_named_in_one_line(hub, tmp_path):
 
 
 def test_what_is_left_of_another_file_is_not_used(hub, tmp_path):
-    """Longer than the file, or of its length with another content."""
+    """Longer than the file, or as long, or the beginning of another one. And what is all of it needs no second download."""
     hub.files["/file"] = hub.stored["/file"] = b"what is there" * 9
     (tmp_path / "file.partial").write_bytes(bytes(1000))
     assert fetch(f"{hub.url}/file", tmp_path / "file").read_bytes() == hub.files["/file"]
-    (tmp_path / "other.partial").write_bytes(b"xyz")
-    with pytest.raises(BadInput, match="sha256"):
-        fetch(f"{hub.url}/file", tmp_path / "other")
+    for left in (b"xyz", bytes(len(hub.files["/file"]))):
+        (tmp_path / "other.partial").write_bytes(left)
+        with pytest.raises(BadInput, match="sha256"):
+            fetch(f"{hub.url}/file", tmp_path / "other")
+        assert fetch(f"{hub.url}/file", tmp_path / "other").read_bytes() == hub.files["/file"]
+        (tmp_path / "other").unlink()
+    (tmp_path / "other.partial").write_bytes(hub.files["/file"])
+    hub.cut = 0
     assert fetch(f"{hub.url}/file", tmp_path / "other").read_bytes() == hub.files["/file"]
+
+
+def test_a_redirect_on_the_same_host_keeps_the_token(hub, tmp_path):
+    """As the hub's to its own cache, for small files of gated repositories."""
+    hub.files["/cache/file"], hub.gated, hub.moved = b"small", {"/file", "/cache/file"}, {"/file": "/cache/file"}
+    assert fetch(f"{hub.url}/file", tmp_path / "file", token="good").read_bytes() == b"small"
 
 
 def test_a_full_disk_is_named_and_can_be_gone_on_from(hub, tmp_path, monkeypatch):

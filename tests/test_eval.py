@@ -48,7 +48,7 @@ def test_methods_and_widths():
 
 @pytest.fixture
 def judge(smollm2_folder, guard):
-    """Where no judge is trained yet, the guard's own file is good enough for these tests."""
+    """The guard's own file is good enough for these tests."""
     return smollm2_folder / "guard.safetensors"
 
 

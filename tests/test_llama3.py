@@ -1,6 +1,5 @@
 """The paper's own models: real vocabulary, real adapter, real shapes; small random weights in the gated ones' place."""
 
-import hashlib
 import json
 import resource
 import shutil

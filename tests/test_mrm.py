@@ -11,7 +11,7 @@ from conftest import GOLDEN
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import BadInput, Llama, LlamaConfig, Template
+from model import BadInput, Template
 from mrm import (MRM, Backbone, Guard, LoRALinear, add_lora, load_adapter, load_released_mrm, partial_supervision_loss,
                  save_adapter, trained_tensors)
 from trie_cache import TrieCache, compute

@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from data.download import hub_rows, write_jsonl             # noqa: E402
+from data.download import ROWS_SERVICE, hub_rows, write_jsonl   # noqa: E402
 from model import BadInput, Parser                          # noqa: E402
 
 DATASET, CONFIG, SPLIT, SUBSETS = "allenai/reward-bench", "default", "filtered", "refusals-"
@@ -20,7 +20,7 @@ DATASET, CONFIG, SPLIT, SUBSETS = "allenai/reward-bench", "default", "filtered",
 
 def main():
     parser = Parser(description="Fetch the refusals of RewardBench.")
-    parser.add_argument("--server", default="https://datasets-server.huggingface.co", help="the hub's rows service")
+    parser.add_argument("--server", default=ROWS_SERVICE, help="the hub's rows service")
     parser.add_argument("--out", type=Path, default=HERE, help="the folder for test.jsonl")
     args = parser.parse_args()
     rows = []

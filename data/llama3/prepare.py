@@ -57,10 +57,15 @@ LLAMA_GUARD = {
 
 
 def templates(repository):
-    """The templates that a model of this name is read with."""
-    if "Guard" in repository:
+    """The templates that a model of this name is read with. Raises BadInput for one whose template is not known here."""
+    name = repository.split("/")[1]
+    if name.startswith("Llama-Guard-3-1B"):
         return {"chat": CHAT, "reward": REWARD, "guard": LLAMA_GUARD}
-    return {"chat": CHAT_WITH_DATE if "3.1" in repository or "3.2" in repository else CHAT, "reward": REWARD}
+    for prefix, chat in (("Llama-3.1-", CHAT_WITH_DATE), ("Llama-3.2-", CHAT_WITH_DATE), ("Llama-3.3-", CHAT_WITH_DATE),
+                         ("Llama-3-", CHAT)):
+        if name.removeprefix("Meta-").startswith(prefix):
+            return {"chat": chat, "reward": REWARD}
+    raise BadInput(f"--repo {repository}: expected a Llama-3, -3.1, -3.2 or -3.3, or Llama-Guard-3-1B")
 
 
 def copy_file(source, path):
@@ -87,6 +92,11 @@ def write(path, text):
 def prepare(get, repository, out):
     """Put a checkpoint into the folder `out`. get(name, path): bring the repository's file of that name. config.json
     comes last, so that an unfinished folder is not taken for a checkpoint."""
+    texts, marker = templates(repository), out / "download" / "repository"
+    there = marker.read_text() if marker.exists() else repository
+    if there != repository:
+        raise BadInput(f"{out} is of {there}, not {repository}; choose another --out")
+    marker.write_text(repository)
     config = read_json(get("config.json", out / "download" / "config.json"))
     if config.get("model_type") != "llama":
         raise BadInput(f"{repository}: its model_type is {config.get('model_type')}, expected llama")
@@ -107,7 +117,7 @@ def prepare(get, repository, out):
         raise BadInput(f"{vocabulary}: a vocabulary of {len(lines)} tokens, and vocab_size is {config.get('vocab_size')}; "
                        f"Llama 3's are {VOCABULARY} and {VOCABULARY + 256}")
     write(out / "tokenizer_config.json", json.dumps({"pattern": PATTERN, "special_tokens": special_tokens(),
-                                                     "templates": templates(repository)}, indent=1) + "\n")
+                                                     "templates": texts}, indent=1) + "\n")
     write(out / "config.json", json.dumps(config | {"_name_or_path": repository}, indent=1) + "\n")
 
 

@@ -48,7 +48,7 @@ def read_hh(local, split):
 
 def hh_dialogues(local, count):
     """(dialogue, held out): of `count` pairs of the test split, evenly spread, the preferred and the rejected one in
-    turn, every tenth pair held out; or, count being "all", both of all pairs, the test split held out."""
+    turn, two of every twenty held out; or, count being "all", both of all pairs, the test split held out."""
     if count == "all":
         return [(json.loads(line)[side], split == "test") for split in ("train", "test") for line in read_hh(local, split)
                 for side in ("chosen", "rejected")]
@@ -88,11 +88,16 @@ def ordinary_requests(policy, labels, synthetic, seed):
     requests = [(r["prompt"], r["response"]) for r in labels if r["source"] == "opening" and not r["unsafe"]]
     trie, generator, made_up = TrieCache(policy), torch.Generator().manual_seed(seed), {}
     root = trie.insert(trie.root, policy.template.prefix)
-    while len(made_up) < synthetic:
+    for _ in range(synthetic):
+        if len(made_up) >= synthetic:
+            break
         texts = [[] for _ in range(min(2 * synthetic, PROMPTS_A_BATCH * REPLIES_A_PROMPT))]     # about half of them end
         go_on(policy, [trie] * len(texts), [root] * len(texts), texts, 40, generator)
         made_up |= {policy.tokenizer.decode(t[:-1]).strip(): "" for t in texts if t[-1] in policy.config.eos_token_ids}
         made_up.pop("", None)
+    if len(made_up) < synthetic:
+        raise BadInput("the policy does not end a user's turn within 40 tokens, so it can make up no requests; pass "
+                       "--ordinary_batches 0")
     requests += list(made_up.items())[:synthetic]
     return [(request, opening, i % 10 == 0) for i, (request, opening) in enumerate(requests)]
 
