@@ -156,6 +156,17 @@ def test_a_copy_that_is_no_such_checkpoint_is_refused(repositories, tmp_path, ch
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("name, said", [(POLICY, f"is of {GUARD}, not {POLICY}"), ("meta-llama/Meta-Llama-Guard-2-8B", "expected"),
+                                        ("gpt2", "OWNER/NAME")])
+def test_a_folder_holds_one_checkpoint_of_a_known_kind(repositories, checkpoints, tmp_path, name, said):
+    copy = shutil.copytree(checkpoints[GUARD], tmp_path / "copy")
+    before = (copy / "config.json").read_text()
+    done = subprocess.run([sys.executable, "data/llama3/prepare.py", "--repo", name, "--from", repositories[POLICY], "--out", copy],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
+    assert (copy / "config.json").read_text() == before
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # text
 
