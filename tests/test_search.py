@@ -80,16 +80,22 @@ def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt, beta):
 
 
 def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
-    """No four tokens in a row come twice, though each of the few that are left must come often."""
+    """Of a few tokens that each reply must use again and again, no four in a row come twice; without beta they do."""
     few = copy.deepcopy(tiny_mrm)
     few.unseen[:] = True
-    few.unseen[[7, 20, 21, 22]] = False
+    few.unseen[[7, *range(20, 40)]] = False
     grams = lambda tokens: [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
-    looping = saffron(tiny_policy, few, Prompt([1, 2, 3]), width=2, max_new_tokens=30, min_new_tokens=30, top_p=1.0)
-    assert len(set(grams(looping.tokens))) < 27
-    result = saffron(tiny_policy, few, Prompt([1, 2, 3]), width=2, max_new_tokens=30, min_new_tokens=30, top_p=1.0,
-                     beta=0.05)
-    assert all(len(set(grams(branch.tokens))) == len(grams(branch.tokens)) for branch in result.trace[-1])
+    for beta, looping in ((0.0, True), (0.05, False)):
+        result = saffron(tiny_policy, few, Prompt([1, 2, 3]), width=2, max_new_tokens=40, min_new_tokens=40, top_p=1.0, beta=beta)
+        assert any(len(set(grams(branch.tokens))) < 37 for branch in result.trace[-1]) == looping
+
+
+def test_when_nothing_new_is_left_saffron_repeats_itself(tiny_policy, tiny_mrm):
+    """It never runs dry: with one token to choose from, that is the reply."""
+    one = copy.deepcopy(tiny_mrm)
+    one.unseen[:] = True
+    one.unseen[20] = False
+    assert saffron(tiny_policy, one, Prompt([1]), width=2, max_new_tokens=9, min_new_tokens=9, beta=0.05).tokens == [20] * 9
 
 
 def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, tiny_mrm, tiny_guard):
