@@ -137,3 +137,14 @@ def write_jsonl(rows, path):
     with open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(partial, path)
+
+
+def run(main):
+    """Run a script: what cannot be used or had ends it in one line, with exit status 2."""
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from data.download import ROWS_SERVICE, hub_rows, write_jsonl   # noqa: E402
+from data.download import ROWS_SERVICE, hub_rows, run, write_jsonl  # noqa: E402
 from model import BadInput, Parser                          # noqa: E402
 
 DATASET, CONFIG, SPLIT, SUBSETS = "allenai/reward-bench", "default", "filtered", "refusals-"
@@ -38,10 +38,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from data.download import NotThere, hub_file                # noqa: E402
+from data.download import NotThere, hub_file, run           # noqa: E402
 from model import BadInput, Parser, read_json               # noqa: E402
 
 # Llama 3's pre-tokenizer, and its 256 control tokens, which follow the vocabulary's 128,000.
@@ -140,10 +140,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)
