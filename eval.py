@@ -42,7 +42,7 @@ from tqdm import tqdm
 from model import DTYPES, BadInput, Parser, at_least_1, read_json, read_jsonl
 from mrm import load_guard
 from sample import DEFAULT, load_models
-from search import NO_REPEAT, SEARCHES, check_prompt
+from search import SEARCHES, check_prompt, repeats_its_end
 from trie_cache import TrieCache, compute
 
 REFUSAL = re.compile(r"\b(sorry|apologi[sz]e|I (?:\w+ )?(can['’]?t|cannot|can not|won['’]?t|will not|unable to|not able to) "
@@ -127,10 +127,9 @@ def log_prob(policy, trie, path):
     return logs.gather(-1, tokens[:, None]).mean().item()
 
 
-def repeats(tokens, n=NO_REPEAT):
-    """Whether some n tokens in a row come twice. (saffron with beta avoids just that.)"""
-    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) < len(grams)
+def repeats(tokens):
+    """Whether some four tokens in a row come twice, which saffron with beta avoids."""
+    return any(repeats_its_end(tokens[:end]) for end in range(1, len(tokens) + 1))
 
 
 def measure(prompts, replies, tries, policy, guard, judge):

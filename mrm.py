@@ -11,7 +11,8 @@ h(s) is the final hidden state of the last token of s. Both read the tokens of a
 
     bos "\\n\\nUser:" prompt "\\n\\nAgent:" reply
 
-An adapter (all that was trained, and what it was trained on) is one small safetensors file.
+An adapter (all that was trained, and what it was trained on) is one small safetensors file. In the guard's place, a
+Llama Guard can stand, which has neither LoRA nor head and a template of its own: LlamaGuard.
 
 Shapes: n sequences, T tokens, d = hidden_size, V = vocab_size, r = LoRA rank.
 """

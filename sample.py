@@ -51,7 +51,8 @@ def parse_arguments():
     add("--policy", default=DEFAULT, metavar="DIR", help="a Llama checkpoint with its vocabulary")
     add("--mrm", default=DEFAULT / "mrm.safetensors", metavar="PATH", help="an adapter, or a released MRM's folder")
     add("--mrm_base", default=DEFAULT, metavar="DIR", help="the Llama that MRM and guard are adapters of")
-    add("--guard", default=DEFAULT / "guard.safetensors", metavar="PATH", help="the adapter that judges replies, or a Llama Guard's folder")
+    add("--guard", default=DEFAULT / "guard.safetensors", metavar="PATH", help="the adapter that judges replies, or a Llama "
+        "Guard's folder")
     add("--device", default="cpu")
     add("--dtype", choices=DTYPES, default="float32")
     add("--compare", action="store_true", help="all methods, one after another")

@@ -79,10 +79,12 @@ def read_rewards(folder, llama, guard=None):
                        f"{metadata[0].get('shards') if paths else 'some'}; data/safety_rewards/prepare.py makes them")
     training, held_out = [], []
     for path, meta in zip(paths, metadata):
-        for what, theirs, ours in (("vocabulary", meta.get("vocabulary"), llama.tokenizer.fingerprint),
-                                   ("run", meta.get("run"), metadata[0].get("run")),
-                                   ("guard", meta.get("run", {}).get("guard"), guard)):
-            if theirs != ours and (what != "guard" or guard):
+        checks = [("vocabulary", meta.get("vocabulary"), llama.tokenizer.fingerprint),
+                  ("run", meta.get("run"), metadata[0].get("run"))]
+        if guard:
+            checks.append(("guard", meta.get("run", {}).get("guard"), guard))
+        for what, theirs, ours in checks:
+            if theirs != ours:
                 raise BadInput(f"{path} was made for the {what} {theirs}, but here it must be {ours}")
         data = dict(read_tensors(path))
         split = lambda name, lengths: [t.tolist() for t in data[name].split(data[lengths].tolist())]

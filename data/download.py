@@ -73,17 +73,12 @@ def fetch(url, path, token=None, ask_at=None):
                 while block := answer.read(1 << 20):
                     bar.update(file.write(block))
     except urllib.error.HTTPError as error:
-        if error.code == 416:                           # there is nothing after what we have
-            total = int(error.headers.get("Content-Range", "/-1").split("/")[1])
-            if total != have:                           # and that is not all of it, but of another file
-                partial.unlink()
-                return fetch(url, path, token, ask_at)
-        reasons = {401: "it asks for access", 403: "access was refused", 404: "there is no such file"}
-        reason = reasons.get(error.code, error.reason)
-        if error.code in (401, 403) and ask_at:
-            reason += f"; ask for it at {ask_at}, and set HF_TOKEN to a token of that account"
         if error.code != 416:
-            raise (NotThere if error.code == 404 else BadInput)(f"{url}: {reason} (HTTP {error.code})") from None
+            raise refusal(url, error, ask_at) from None
+        total = int(error.headers.get("Content-Range", "/-1").split("/")[1])        # there is nothing after what we have:
+        if total != have:                               # unless that is all of it, it is of another file
+            partial.unlink()
+            return fetch(url, path, token, ask_at)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise BadInput(f"{url} could not be downloaded ({getattr(error, 'reason', error)}); run this again to go on") from None
     if total is not None and partial.stat().st_size != total:
@@ -93,6 +88,15 @@ def fetch(url, path, token=None, ask_at=None):
         raise BadInput(f"{url}: what came is not what the hub has (its sha256 is another); run this again")
     os.replace(partial, path)
     return path
+
+
+def refusal(url, error, ask_at):
+    """What to raise for a server's HTTPError."""
+    reasons = {401: "it asks for access", 403: "access was refused", 404: "there is no such file"}
+    reason = reasons.get(error.code, error.reason)
+    if error.code in (401, 403) and ask_at:
+        reason += f"; ask for it at {ask_at}, and set HF_TOKEN to a token of that account"
+    return (NotThere if error.code == 404 else BadInput)(f"{url}: {reason} (HTTP {error.code})")
 
 
 def sha256(path):
@@ -132,10 +136,14 @@ def hub_rows(dataset, config, split, folder, server=ROWS_SERVICE):
 
 
 def write_jsonl(rows, path):
-    """One JSON object a line, written to a temporary name and renamed."""
+    """One JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path, text):
+    """Write a file under a temporary name, and rename it."""
     partial = Path(path).with_name(Path(path).name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from data.download import NotThere, hub_file, run           # noqa: E402
+from data.download import NotThere, hub_file, run, write_text   # noqa: E402
 from model import BadInput, Parser, read_json               # noqa: E402
 
 # Llama 3's pre-tokenizer, and its 256 control tokens, which follow the vocabulary's 128,000.
@@ -83,12 +83,6 @@ def copy_file(source, path):
     return path
 
 
-def write(path, text):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def prepare(get, repository, out):
     """Put a checkpoint into the folder `out`. get(name, path): bring the repository's file of that name. config.json
     comes last, so that an unfinished folder is not taken for a checkpoint."""
@@ -116,9 +110,9 @@ def prepare(get, repository, out):
     if len(lines) != VOCABULARY or config.get("vocab_size") != VOCABULARY + 256:
         raise BadInput(f"{vocabulary}: a vocabulary of {len(lines)} tokens, and vocab_size is {config.get('vocab_size')}; "
                        f"Llama 3's are {VOCABULARY} and {VOCABULARY + 256}")
-    write(out / "tokenizer_config.json", json.dumps({"pattern": PATTERN, "special_tokens": special_tokens(),
-                                                     "templates": texts}, indent=1) + "\n")
-    write(out / "config.json", json.dumps(config | {"_name_or_path": repository}, indent=1) + "\n")
+    write_text(out / "tokenizer_config.json", json.dumps({"pattern": PATTERN, "special_tokens": special_tokens(),
+                                                          "templates": texts}, indent=1) + "\n")
+    write_text(out / "config.json", json.dumps(config | {"_name_or_path": repository}, indent=1) + "\n")
 
 
 def main():
