@@ -454,6 +454,8 @@ def main():
     args.command = "python " + shlex.join(["train_mrm.py", *sys.argv[1:]])
     join_processes(args)
     train(args)
+    if dist.is_initialized():                       # a process that exits with its connections open may abort
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
