@@ -17,7 +17,6 @@ counted twice, so that sharing shows as a gain.
 
 import importlib.util
 import json
-import os
 import platform
 import sys
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import DTYPES, BadInput, Llama, Parser, at_least_1
+from model import DTYPES, BadInput, Llama, Parser, at_least_1, write_file
 from mrm import load_mrm
 from sample import DEFAULT, PROMPT, prepare_default_weights
 from search import Branch, candidates, extend, next_logits, saffron
@@ -153,9 +152,7 @@ def plot(path, rows):
         axis.minorticks_off()
     axes[0].set_ylabel("seconds per step")
     axes[0].legend()
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format=path.suffix[1:])
-    os.replace(partial, path)
+    write_file(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
 
 
 def profile(policy, mrm):
@@ -233,9 +230,8 @@ def main():
         cases = lengths if args.length else widths
     rows = table(policy, mrm, speed, cases)
     if args.out:
-        partial = args.out.with_name(args.out.name + ".partial")
-        partial.write_text(json.dumps({"machine": machine, "bandwidth": speed, "rows": rows}, indent=1) + "\n")
-        os.replace(partial, args.out)
+        text = json.dumps({"machine": machine, "bandwidth": speed, "rows": rows}, indent=1) + "\n"
+        write_file(args.out, lambda partial: partial.write_text(text))
     if args.plot:
         plot(args.plot, rows)
 

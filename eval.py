@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import DTYPES, BadInput, Parser, at_least_1, read_json, read_jsonl
+from model import DTYPES, BadInput, Parser, at_least_1, read_json, read_jsonl, write_file
 from mrm import load_guard
 from sample import DEFAULT, load_models
 from search import SEARCHES, check_prompt, repeats_its_end
@@ -105,7 +105,7 @@ def merge_results(out):
     order = {method: i for i, method in enumerate(SEARCHES)}
     results = sorted(read_results(out), key=lambda r: (order[r["safety"]], r["width"], r["row"]))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results)
-    write(out / "results.jsonl", lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_file(out / "results.jsonl", lambda partial: partial.write_text(text, encoding="utf-8"))
     for path in out.glob("results-*.jsonl"):
         path.unlink()
     return results
@@ -207,14 +207,7 @@ def same_run(path, args):
             if run.get(key) != value:
                 raise BadInput(f"{path.parent} holds results with {key} = {value}, not {run.get(key)}; choose another "
                                "--out")
-    write(path, lambda partial: partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8"))
-
-
-def write(path, how):
-    """Write a file under a temporary name, and rename it."""
-    partial = path.with_name(path.name + ".partial")
-    how(partial)
-    os.replace(partial, path)
+    write_file(path, lambda partial: partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8"))
 
 
 def interval(values):
@@ -283,7 +276,7 @@ def plot(path, summary):
         axis.minorticks_off()
     axes[0].set_ylabel("attack success rate")
     axes[1].legend(fontsize=8)
-    write(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
+    write_file(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
 def parse_arguments():
@@ -386,8 +379,8 @@ def main():
     if rank > 0:
         return
     summary = summarize([r for r in merge_results(out) if r["row"] in rows], args.tflop_limit)
-    write(out / "summary.json", lambda partial: partial.write_text(json.dumps(summary, indent=1) + "\n"))
-    write(out / "table.md", lambda partial: partial.write_text(table(summary), encoding="utf-8"))
+    write_file(out / "summary.json", lambda partial: partial.write_text(json.dumps(summary, indent=1) + "\n"))
+    write_file(out / "table.md", lambda partial: partial.write_text(table(summary), encoding="utf-8"))
     if args.plot and any("asr" in line for line in summary):
         plot(out / "asr.png", summary)
     print(table(summary), end="")

@@ -20,6 +20,7 @@ import codecs
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +80,14 @@ def read_jsonl(path):
         raise BadInput(f"{path}, line {number}: not JSON ({error.msg})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read ({error})") from None
+
+
+def write_file(path, write):
+    """Write a file by write(path) under a temporary name, and rename it: what was there stays until all is there."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -498,12 +507,15 @@ class Tokenizer:
         """The text of token ids, without control tokens; bytes that are no UTF-8 become U+FFFD."""
         return "".join(self.pieces(tokens))
 
+    def token_bytes(self, token):
+        """The bytes that a token stands for: none for a control token, nor for one that pads the head."""
+        silent = token in self.control or token >= self.size
+        return b"" if silent else self.encoding.decode_single_token_bytes(token)
+
     def pieces(self, tokens):
         """The text that each token adds, such that the pieces joined are the whole text. A character whose bytes
         are spread over several tokens comes with the last of them: a stream never shows half a character."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        silent = lambda token: token in self.control or token >= self.size      # a head may be padded beyond that
-        pieces = [decoder.decode(b"" if silent(token) else self.encoding.decode_single_token_bytes(token))
-                  for token in tokens]
+        pieces = [decoder.decode(self.token_bytes(token)) for token in tokens]
         tail = decoder.decode(b"", final=True)
         return pieces[:-1] + [pieces[-1] + tail] if pieces else pieces

@@ -21,7 +21,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import BadInput, Llama, Template, read_json, read_tensors
+from model import BadInput, Llama, Template, read_json, read_tensors, write_file
 
 # ---------------------------------------------------------------------------------------------------------------
 # LoRA
@@ -198,9 +197,8 @@ def save_adapter(reward_model, path, rank, alpha, targets, first_layer, command)
                 "template": [reward_model.template.prefix, reward_model.template.infix], "command": command}
     tensors = {name: tensor.detach().to("cpu", torch.float16 if "lora_" in name else tensor.dtype).contiguous()
                for name, tensor in trained_tensors(reward_model).items()}
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in metadata.items()})
-    os.replace(partial, path)
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    write_file(path, lambda partial: save_file(tensors, partial, metadata))
 
 
 def read_metadata(path):

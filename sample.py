@@ -5,6 +5,7 @@ Ask a language model, with and without a defence.
     python sample.py --safety saffron --prompt "..."        your own prompt; --prompt - reads standard input
     python sample.py --prompt FILE:prompts.txt              one prompt a line, searched side by side
     python sample.py --compare                              all methods on the same prompt
+    python sample.py --html tree.html                       the search as a page to look at
 
 Replies and what they cost go to stdout, progress and notes to stderr. Exit status: 0, 2 for bad input (one line says
 what is allowed), 130 after Ctrl-C, 141 when the reader of stdout went away.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import page
 from model import DTYPES, BadInput, Llama, Parser
 from mrm import load_guard, load_mrm
 from search import SEARCHES, check_vocabulary
@@ -58,11 +60,17 @@ def parse_arguments():
     add("--compare", action="store_true", help="all methods, one after another")
     add("--json", action="store_true", help="one JSON object on stdout, or with FILE:path one a line")
     add("--trace", action="store_true", help="show the tree of surviving branches; with --json: all frontiers")
+    add("--html", metavar="FILE", type=Path, help="write a page that shows the search, of one prompt")
     args = parser.parse_args()
     args.example = args.prompt is None
     if args.example:
         args.prompt, args.prefill = PROMPT, args.prefill or PREFILL
     args.prompts = read_prompts(args.prompt)
+    if args.html and len(args.prompts) > 1:
+        raise BadInput(f"--html shows the search of one prompt, but {args.prompt} has {len(args.prompts)}")
+    if args.html and (not args.html.parent.is_dir() or args.html.is_dir() or args.html.resolve() == page.TEMPLATE):
+        raise BadInput(f"--html {args.html}: expected the name of a file to write, in a folder that is there"
+                       f"{' (this one is the page that all others are made of)' if args.html.parent.is_dir() else ''}")
     return args
 
 
@@ -141,14 +149,21 @@ def show_prompt(answer):
         print(f"prefill: {printable(answer['prefill'])}")
 
 
+def title(answer, args):
+    return answer["safety"] if answer["safety"] == "none" else f"{answer['safety']}, width {args.width}"
+
+
+def verdict(answer):
+    return (f"guard's reward {answer['guard']:+.2f} ({'unsafe' if answer['guard'] < 0 else 'safe'}), "
+            f"{len(answer['tokens'])} tokens{'' if answer['finished'] else ' (cut off)'}")
+
+
 def show(answer, result, tokenizer, args):
     """A reply for people: text, the guard's verdict, and what it cost."""
-    width = "" if answer["safety"] == "none" else f", width {args.width}"
-    print(f"\n--- {answer['safety']}{width} " + "-" * 60)
+    print(f"\n--- {title(answer, args)} " + "-" * 60)
     print(printable(f"[{answer['prefill']}]{answer['text']}" if answer["prefill"] else answer["text"]))
-    stats, shown = result.stats, answer["guard"]
-    print(f"\nguard's reward {shown:+.2f} ({'unsafe' if shown < 0 else 'safe'}), "
-          f"{len(result.tokens)} tokens{'' if result.finished else ' (cut off)'}, {stats.seconds:.1f} s, "
+    stats = result.stats
+    print(f"\n{verdict(answer)}, {stats.seconds:.1f} s, "
           f"{stats.flops / 1e12:.2f} TFLOP, {stats.policy_calls} policy calls, {stats.reward_calls} reward calls,\n"
           f"{stats.tokens_computed} tokens computed, {stats.tokens_cached} from cache, KV cache "
           f"{stats.peak_kv_bytes / 1e6:.1f} MB (a copy for each sequence: {stats.unshared_kv_bytes / 1e6:.1f} MB)")
@@ -182,14 +197,18 @@ def main():
         methods = list(dict.fromkeys(["none", args.safety]))
     else:
         methods = [args.safety]
-    policy, _, guard, reward_models = load_models(args, methods)
+    # The page shows what the MRM makes of every search.
+    policy, _, guard, reward_models = load_models(args, [*methods, "saffron"] if args.html else methods)
     prompts = [policy.tokenizer.prompt(text, args.prefill, args.hide_prefill) for text in args.prompts]
     if not args.json:
         print(f"model:   {policy.config.name}")
-    found = {}
+    found, trees = {}, []
     for method in methods:
         print(f"searching: {method} ...", file=sys.stderr)
         found[method], results = run(method, policy, reward_models[method], guard, prompts, args)
+        if args.html:
+            answer, tree = found[method][0], page.tree(results[0], prompts[0], policy, reward_models["saffron"])
+            trees.append({"name": method, "title": title(answer, args), "verdict": verdict(answer), **tree})
         if not args.json:
             for answer, result in zip(found[method], results):
                 if method == methods[0] or len(prompts) > 1:
@@ -198,6 +217,9 @@ def main():
     if args.json:
         for answers in zip(*found.values()):
             print(json.dumps(dict(zip(methods, answers)) if args.compare else answers[0]))
+    if args.html:
+        page.write_page(args.html, trees, args.prompts[0], args.prefill, policy, reward_models["saffron"])
+        print(f"wrote {args.html}: open it in a browser", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Given a list of prompts instead, a search returns a list of results, found side 
 Shapes: n sequences, m candidates, d = hidden_size, V = vocab_size.
 """
 
-import functools
 import inspect
 import itertools
 import math
@@ -62,6 +61,15 @@ class Stats:
 
 
 @dataclass
+class ForwardPass:
+    """What the tries of a prompt did in one forward pass, and before it."""
+    step: int                           # frontiers that stood in the trace before it
+    tokens_computed: int                # by it and all earlier ones
+    tokens_cached: int                  # not computed so far, because a trie had them
+    given_back: list                    # branches whose slots the policy's trie gave back just before it
+
+
+@dataclass
 class Result:
     tokens: list                        # the reply, without the prefill
     text: str                           # the same as text; empty when the policy has no vocabulary
@@ -69,6 +77,7 @@ class Result:
     finished: bool
     stats: Stats
     trace: list                         # trace[t]: the frontier after t + 1 steps, a list of Branches
+    passes: list                        # what each forward pass did, a list of ForwardPasses
 
 
 class Reader:
@@ -81,13 +90,15 @@ class Reader:
 
     def ask(self, branches, keep=()):
         """Ask for h(context + reply + suffix) of n branches. The next `compute` reads what is new of them. What is on no path
-        to them, nor to one of `keep`, is forgotten."""
+        to them, nor to one of `keep`, is forgotten: returns the branches whose slots are given back."""
         self.asked = []
         if not branches:
-            return                                          # not its turn: everything is kept
+            return []                                       # not its turn: everything is kept
         known = [self.nearest(branch) for branch in branches]
         self.trie.keep({node for node, _ in known} | {self.nearest(branch)[0] for branch in keep})
-        self.nodes = {branch: node for branch, node in self.nodes.items() if node.slot is not None}
+        given_back = [branch for branch, node in self.nodes.items() if node.slot is None]
+        for branch in given_back:
+            del self.nodes[branch]
         self.asked = [self.trie.insert(node, tokens + self.suffix) for node, tokens in known]
         for branch, node in zip(branches, self.asked):
             for _ in self.suffix:                           # a side branch, on no path to anything later
@@ -98,6 +109,7 @@ class Reader:
         self.calls += len(branches)
         copies = [*self.asked, *(self.nearest(branch)[0] for branch in keep)]
         self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in copies))
+        return given_back
 
     def nearest(self, branch):
         """(the node of the longest known beginning of a branch, the tokens from there on)."""
@@ -203,117 +215,125 @@ def nucleus(p, top_p):
 # ---------------------------------------------------------------------------------------------------------------
 # running searches
 
-def side_by_side(*kinds):
+def side_by_side(*kinds, temperature=1.0):
     """Decorator: make a search of a generator that describes its steps for one prompt. kinds: which reward models
-    it takes, of "guard", "mrm" and None.
+    it takes, of "guard", "mrm" and None. temperature: the search's default.
 
-    The generator yields two lists: the branches that the policy shall read, and those that the reward model shall, and
-    perhaps a third: branches that it will go on from later. (Of all others, the paths are forgotten.) It is sent the
-    final hidden states of the first two, (n, d) each, and returns the branch that won and the trace. The function made of
-    it takes a prompt, or a list of prompts, whose searches then go on in lockstep: what all of them want read is read
-    in one forward pass, for policy and reward model together where these differ in LoRA only. Each prompt has
-    tries of its own, so its reply and its stats (but the seconds) are the same as if it were alone.
+    The generator is called as steps(policy, reward_model, trace, **those of a search's options that it names). It yields
+    two lists: the branches that the policy shall read, and those that the reward model shall, and perhaps a third:
+    branches that it will go on from later. (Of all others, the paths are forgotten.) It is sent the final hidden states
+    of the first two, (n, d) each, appends each frontier it comes to, a list of branches, to `trace`, and returns the
+    branch that won.
+
+    The function made of it takes a prompt, or a list of prompts, whose searches then go on in lockstep: what all of
+    them want read is read in one forward pass, for policy and reward model together where these differ in LoRA only.
+    Each prompt has tries of its own, so its reply and its stats (but the seconds) are the same as if it were alone.
     """
     def decorate(steps):
-        @functools.wraps(steps)
+        named = inspect.signature(steps).parameters
+
         @torch.no_grad()
-        def search(policy, reward_model, prompts, **options):
+        def search(policy, reward_model, prompts, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
+                   temperature=temperature, beta=0.0, seed=0):
             kind = reward_model and reward_model.kind
             if kind not in kinds:
                 raise BadInput(f"{steps.__name__} takes {' or '.join(map(str, kinds))} as its reward model, not {kind}")
-            call = inspect.signature(steps).bind(policy, reward_model, **options)
-            call.apply_defaults()
-            check_options(**call.kwargs)
-            several, searches = isinstance(prompts, list), []
+            options = dict(width=width, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, top_p=top_p,
+                           temperature=temperature, beta=beta, seed=seed)
+            check_options(**options)
+            options, several, searches = {key: options[key] for key in options if key in named}, isinstance(prompts, list), []
             for prompt in prompts if several else [prompts]:
-                check_prompt(policy, reward_model, prompt, call.kwargs["max_new_tokens"])
-                readers = [Reader(policy, prompt.policy_tokens(policy.template))]
+                check_prompt(policy, reward_model, prompt, max_new_tokens)
+                readers, trace = [Reader(policy, prompt.policy_tokens(policy.template))], []
                 if reward_model:
                     template = reward_model.template
                     readers.append(Reader(reward_model.llama, prompt.reward_tokens(template), template.suffix))
-                searches.append((steps(*call.args, **call.kwargs), readers))
+                searches.append((steps(policy, reward_model, trace, **options), readers, trace))
             results = lockstep(policy, reward_model, searches)
             return results if several else results[0]
+        search.__name__, search.__doc__, search.steps = steps.__name__, steps.__doc__, steps
         return search
     return decorate
 
 
 def lockstep(policy, reward_model, searches):
-    """The Results of searches, each of which is a generator and its readers. In a round, each goes on to the next thing
-    that it wants read; then all of that is read at once."""
-    started, results = time.perf_counter(), {}
+    """The Results of searches, each of which is a generator, its readers and its trace. In a round, each goes on to the
+    next thing that it wants read; then all of that is read at once."""
+    started, results, passes = time.perf_counter(), {}, [[] for _ in searches]
     shared = Backbone([policy, reward_model.llama]) if reward_model and same_base(policy, reward_model.llama) else None
     answers = dict.fromkeys(range(len(searches)))           # what each search under way is sent next, at first None
     while answers:
+        given_back = {}
         for i, answer in list(answers.items()):
-            steps, readers = searches[i]
+            steps, readers, trace = searches[i]
             try:
                 wanted = steps.send(answer)                 # (the policy's branches, the reward model's[, to be kept])
             except StopIteration as end:
-                results[i] = finish(policy, *end.value, readers, started)
+                reply = end.value
+                text = policy.tokenizer.decode(reply.tokens) if policy.tokenizer else ""
+                results[i] = Result(reply.tokens, text, reply.reward, reply.finished, measure(policy, readers, started),
+                                    trace, passes[i])
                 del answers[i]
                 continue
-            for reader, branches in zip(readers, wanted):
-                reader.ask(branches, keep=wanted[2] if len(wanted) > 2 else ())
+            keep = wanted[2] if len(wanted) > 2 else ()
+            given_back[i] = [reader.ask(branches, keep) for reader, branches in zip(readers, wanted)][0]
         tries = [reader.trie for i in answers for reader in searches[i][1]]
         if shared:
             compute(shared, tries)
         else:
             for llama in [policy, reward_model.llama] if reward_model else [policy]:
                 compute(llama, [trie for trie in tries if trie.model is llama])
-        answers = {i: [reader.answer() for reader in searches[i][1]] for i in answers}
+        for i in answers:
+            _, readers, trace = searches[i]
+            answers[i] = [reader.answer() for reader in readers]
+            passes[i].append(ForwardPass(len(trace), sum(reader.trie.computed for reader in readers),
+                                         sum(reader.trie.cached for reader in readers), given_back[i]))
     return [results[i] for i in range(len(searches))]
 
 
-def finish(policy, branch, trace, readers, started):
-    """The Result for the winning branch, with what the readers have cost."""
-    reader, rewards = readers[0], readers[1:]
+def measure(policy, readers, started):
+    """The Stats of a search that is over, by what its readers have read; the first is the policy's."""
     total = lambda value: sum(map(value, readers))
-    policy_flops = reader.flops + 2 * reader.calls * policy.config.hidden_size * policy.config.vocab_size
-    reward_flops = sum(r.flops for r in rewards)
-    stats = Stats(
-        policy_calls=reader.calls,
-        reward_calls=sum(r.calls for r in rewards),
+    policy_flops = readers[0].flops + 2 * readers[0].calls * policy.config.hidden_size * policy.config.vocab_size
+    reward_flops = sum(reader.flops for reader in readers[1:])
+    return Stats(
+        policy_calls=readers[0].calls,
+        reward_calls=sum(reader.calls for reader in readers[1:]),
         tokens_computed=total(lambda r: r.trie.computed),
         tokens_cached=total(lambda r: r.trie.cached),
         flops=policy_flops + reward_flops, policy_flops=policy_flops, reward_flops=reward_flops,
         seconds=time.perf_counter() - started,
         peak_kv_bytes=total(lambda r: r.trie.peak_slots * r.trie.bytes_per_slot),
         unshared_kv_bytes=total(lambda r: r.unshared_slots * r.trie.bytes_per_slot))
-    text = policy.tokenizer.decode(branch.tokens) if policy.tokenizer else ""
-    return Result(branch.tokens, text, branch.reward, branch.finished, stats, trace)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# the searches. Below stand the steps for one prompt; `side_by_side` makes of each a function that is called as
-# search(policy, reward_model, prompt or list of prompts, width=..., ...).
+# the searches. Below stand the steps for one prompt, with the options that they use; `side_by_side` makes of each a
+# function that is called as search(policy, reward_model, prompt or list of prompts, width=..., ...).
 
-@side_by_side("guard", "mrm", None)
-def none(policy, reward_model, *, width=1, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=0.0, beta=0.0,
-         seed=0):
-    """No defence: one reply, greedy at temperature 0, else sampled. width, beta and the reward model are not
-    used."""
-    trace = yield from sample(policy, 1, max_new_tokens, min_new_tokens, top_p, temperature, seed)
-    return trace[-1][0], trace
+@side_by_side("guard", "mrm", None, temperature=0.0)
+def none(policy, reward_model, trace, *, max_new_tokens, min_new_tokens, top_p, temperature, seed):
+    """No defence: one reply, greedy at temperature 0, else sampled. The reward model is not used."""
+    yield from sample(policy, 1, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed)
+    return trace[-1][0]
 
 
 @side_by_side("guard")
-def best_of_n(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0,
-              seed=0):
+def best_of_n(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
     """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply)
-    wins. beta is not used."""
-    trace = yield from sample(policy, width, max_new_tokens, min_new_tokens, top_p, temperature, seed)
+    wins."""
+    yield from sample(policy, width, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed)
     _, hidden = yield [], trace[-1]                                                     # (width, d)
-    return max(rewarded(trace[-1], guard.rewards(hidden)), key=lambda branch: branch.reward), trace
+    return max(rewarded(trace[-1], guard.rewards(hidden)), key=lambda branch: branch.reward)
 
 
 @side_by_side("guard")
-def beam(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
+def beam(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature):
     """Beam search over tokens with the guard as process reward model: of all tokens in the nuclei of all sequences, the
     `width` whose sequences have the highest R stay, finished or not. Every candidate costs a guard call, which is the
     exploration-efficiency dilemma of the paper. (saffron with a guard differs in that finished sequences stand first.)
-    Deterministic; beta and seed are not used."""
-    frontier, trace = [Branch()], []
+    Deterministic."""
+    frontier = [Branch()]
     for length in range(max_new_tokens):
         growing = [branch for branch in frontier if not branch.finished]
         if not growing:
@@ -326,18 +346,18 @@ def beam(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=
         pool = [branch for branch in frontier if branch.finished] + rewarded(children, guard.rewards(hidden))
         frontier = sorted(pool, key=lambda branch: -branch.reward)[:width]
         trace.append(frontier)
-    return frontier[0], trace
+    return frontier[0]
 
 
 @side_by_side("guard")
-def rebase(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
+def rebase(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
     """Reward-balanced search, with a token for a step: the next expansions, `width` less those finished, are shared
     among the unfinished sequences in proportion to softmax(R / REBASE_TEMPERATURE), each draws so many different tokens
     from its nucleus (or all of that, if it holds fewer), and the guard scores what comes of it. (In the paper a step
     is a line of reasoning, and rewards are probabilities.) The finished sequence with the highest R is the reply,
-    else the unfinished one. beta is not used."""
+    else the unfinished one."""
     generator = torch.Generator().manual_seed(seed)
-    growing, finished, trace = [Branch(reward=0.0)], [], []
+    growing, finished = [Branch(reward=0.0)], []
     for length in range(max_new_tokens):
         hidden, _ = yield growing, []
         children, logits = [], next_logits(policy, hidden, length, min_new_tokens)
@@ -354,7 +374,7 @@ def rebase(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_
         trace.append(finished + growing)
         if not growing or len(finished) >= width:
             break
-    return max(finished or growing, key=lambda branch: branch.reward), trace
+    return max(finished or growing, key=lambda branch: branch.reward)
 
 
 def shares(rewards, count):
@@ -368,12 +388,11 @@ def shares(rewards, count):
 
 
 @side_by_side("guard")
-def deal(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
+def deal(policy, guard, trace, *, width, max_new_tokens, min_new_tokens):
     """Decoding-time alignment, its greedy variant: each of the `width` most likely tokens a is continued greedily for
     DEAL_LOOK_AHEAD tokens (fewer where the reply ends), the guard scores the end of that, and the token with the highest
-    log π(a | s) + DEAL_LAMBDA · R(s·a·look-ahead) is taken. Deterministic; top_p, temperature, beta and seed are not
-    used. Reward of a branch: that score."""
-    branch, ends, trace = Branch(), [], []
+    log π(a | s) + DEAL_LAMBDA · R(s·a·look-ahead) is taken. Deterministic. Reward of a branch: that score."""
+    branch, ends = Branch(), []
     while len(branch.tokens) < max_new_tokens and not branch.finished:
         earlier = ends                                      # one of which may be the beginning of a new look-ahead
         hidden, _ = yield [branch], [], earlier
@@ -393,7 +412,7 @@ def deal(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=
         rewarded(children, log_p[:len(children)] + DEAL_LAMBDA * guard.rewards(hidden))
         branch = max(children, key=lambda child: child.reward)
         trace.append([branch])
-    return branch, trace
+    return branch
 
 
 @dataclass(eq=False)
@@ -417,13 +436,13 @@ class Choice:
 
 
 @side_by_side("guard")
-def mcts(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0, seed=0):
+def mcts(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature):
     """Monte-Carlo tree search, `width` simulations a token. A simulation goes down from the reply so far by the highest
     PUCT, has the policy's nucleus as children of the leaf it comes to (probabilities as priors), and adds the guard's
     P(safe) of that leaf to all nodes on its way. Then the child with most visits is taken (equal ones: by mean value)
     and its part of the tree kept. Few simulations go little further than the likeliest tokens: at width 1 this is
-    greedy decoding. Deterministic; beta and seed are not used."""
-    root, read, trace = Choice(Branch()), [], []
+    greedy decoding. Deterministic."""
+    root, read = Choice(Branch()), []
     while len(root.branch.tokens) < max_new_tokens and not root.branch.finished:
         for _ in range(width + (root.visits == 0)):         # a root that nobody has read is read first
             path = [root]
@@ -444,20 +463,19 @@ def mcts(policy, guard, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=
                                      for token, prior in zip(inside.tolist(), priors)]
             for choice in path:
                 choice.visits += 1
-                choice.value += 1 / (1 + math.exp(-branch.reward))
+                choice.value += 0.5 + 0.5 * math.tanh(branch.reward / 2)         # sigmoid, which cannot overflow so
         root = max(root.children, key=lambda child: (child.visits, child.mean if child.visits else 0.0, child.prior))
         read = [branch for branch in read if branch.tokens[:len(root.branch.tokens)] == root.branch.tokens]
         trace.append([root.branch])
     if root.branch.reward is None:                          # no simulation came to the last token
         _, hidden = yield [], [root.branch]
         rewarded([root.branch], guard.rewards(hidden))
-    return root.branch, trace
+    return root.branch
 
 
 @side_by_side("mrm", "guard")
-def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, temperature=1.0, beta=0.0,
-            seed=0):
-    """Tree search with a multifurcation reward model (the paper's Saffron-1). Deterministic: seed is not used.
+def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, beta):
+    """Tree search with a multifurcation reward model (the paper's Saffron-1). Deterministic.
 
     A step asks the policy and the MRM once for each unfinished sequence s of the frontier (all in one forward pass),
     takes the tokens a of the policy's nucleus that are not in V_unseen as candidates, and keeps the `width` sequences
@@ -474,7 +492,7 @@ def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=
     call of the guard for each candidate.
     """
     multifurcation = reward_model.kind == "mrm"
-    frontier, trace = [Branch()], []
+    frontier = [Branch()]
     for length in range(max_new_tokens):
         growing = [branch for branch in frontier if not branch.finished]
         if not growing:
@@ -493,7 +511,7 @@ def saffron(policy, reward_model, *, width=4, max_new_tokens=50, min_new_tokens=
             rewards = reward_model.rewards(reward_hidden)                               # R(s·a): (m,)
         frontier = best([branch for branch in frontier if branch.finished], rewarded(children, rewards), width, beta)
         trace.append(frontier)
-    return frontier[0], trace
+    return frontier[0]
 
 
 def rewarded(branches, rewards):
@@ -536,10 +554,10 @@ def candidates(logits, unseen, top_p, temperature):
     return torch.cat(rows), torch.cat(tokens)
 
 
-def sample(policy, n, max_new_tokens, min_new_tokens, top_p, temperature, seed):
-    """n independent replies, each token drawn from the nucleus. Returns the trace; its last element holds them."""
+def sample(policy, n, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed):
+    """n independent replies, each token drawn from the nucleus. They are the last frontier of the trace."""
     generator = torch.Generator().manual_seed(seed)
-    branches, trace = [Branch() for _ in range(n)], []
+    branches = [Branch() for _ in range(n)]
     for length in range(max_new_tokens):
         growing = [branch for branch in branches if not branch.finished]
         if not growing:
@@ -549,7 +567,6 @@ def sample(policy, n, max_new_tokens, min_new_tokens, top_p, temperature, seed):
         branches = [branch if branch.finished else extend(policy, branch, draw(next(rows), top_p, generator))
                     for branch in branches]
         trace.append(branches)
-    return trace
 
 
 def draw(p, top_p, generator):

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from model import BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors
+from model import BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors, write_file
 from mrm import (MRM, Guard, LlamaGuard, add_lora, fill, guard_id, load_adapter, load_guard, partial_supervision_loss,
                  read_metadata, save_adapter, trained_tensors)
 from trie_cache import TrieCache
@@ -242,10 +242,9 @@ def learning_rate(step, args):
 
 
 def save_checkpoint(path, args, step, reward_model, optimizer):
-    partial = path.with_name(path.name + ".partial")
-    torch.save({"args": run_identity(args), "step": step, "model": trained_tensors(reward_model),
-                "optimizer": optimizer.state_dict()}, partial)
-    os.replace(partial, path)
+    checkpoint = {"args": run_identity(args), "step": step, "model": trained_tensors(reward_model),
+                  "optimizer": optimizer.state_dict()}
+    write_file(path, lambda partial: torch.save(checkpoint, partial))
 
 
 def load_checkpoint(path, args, reward_model, optimizer):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model import BadInput, read_json
+from model import BadInput, read_json, write_file
 
 ROWS_SERVICE = "https://datasets-server.huggingface.co"
 ROWS_A_PAGE = 100                                       # the most that it gives at once
@@ -142,9 +142,7 @@ def write_jsonl(rows, path):
 
 def write_text(path, text):
     """Write a file under a temporary name, and rename it."""
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def run(main):

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
 from data.download import fetch, sha256                     # noqa: E402
-from model import DTYPES, BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors   # noqa: E402
+from model import DTYPES, BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors, write_file  # noqa: E402
 from mrm import guard_id, load_guard, read_metadata         # noqa: E402
 from search import draw, next_logits, nucleus               # noqa: E402
 from train_mrm import Example, predictions                  # noqa: E402
@@ -169,9 +169,8 @@ def write_shard(path, rows, rewards, metadata):
                "prompts": flat(prompts).int(), "prompt_lengths": lengths(prompts),
                "replies": flat(replies).int(), "reply_lengths": lengths(replies),
                "rewards": torch.cat([torch.from_numpy(r) for r in rewards])}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in metadata.items()})
-    os.replace(partial, path)
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    write_file(path, lambda partial: save_file(tensors, partial, metadata))
 
 
 def write_manifest(out, paths, metadata):
