@@ -1,6 +1,8 @@
 """The Llama agrees with Hugging Face transformers, its loader names what is wrong, and text stays text."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ def checkpoint(tmp_path):
     return write
 
 
+@pytest.mark.exercise(1, points=2)
 @pytest.mark.parametrize("name", ["tiny_policy", "tiny_guard"])
 def test_logits_equal_those_of_transformers(name):
     """tiny_policy: tied embeddings, plain RoPE. tiny_guard: untied, Llama 3's RoPE. transformers computes norms and
@@ -46,6 +49,7 @@ def test_logits_equal_those_of_transformers(name):
     torch.testing.assert_close(logits, golden[f"{name}.logits"].double(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.exercise(1, points=1)
 def test_rope_depends_on_relative_position_only():
     torch.manual_seed(0)
     frequencies = rotary_frequencies(LlamaConfig.load(GOLDEN / "tiny_guard"))
@@ -53,6 +57,39 @@ def test_rope_depends_on_relative_position_only():
     q, k = torch.randn(2, 8, dtype=torch.float64)
     for shift in (1, 30, 400):
         assert torch.allclose(turn(q, 7) @ turn(k, 2), turn(q, 7 + shift) @ turn(k, 2 + shift), atol=1e-12)
+
+
+@pytest.mark.exercise(1, points=1)
+def test_rope_turns_pairs_and_keeps_lengths():
+    """Dimensions i and i + head_dim/2 are a pair; position 0 turns nothing, a quarter turn swaps the two."""
+    frequencies = rotary_frequencies(LlamaConfig.load(GOLDEN / "tiny_policy"))
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    angles = torch.arange(3)[:, None] * frequencies
+    turned = rotate(x, angles.cos(), angles.sin())
+    assert torch.equal(turned[0], x[0]) and not torch.allclose(turned[1], x[1])
+    pair_lengths = lambda x: x.unflatten(-1, (2, 4)).norm(dim=-2)
+    torch.testing.assert_close(pair_lengths(turned), pair_lengths(x), atol=1e-12, rtol=0)
+    quarter = rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(2), torch.ones(2))
+    assert quarter.tolist() == [-3.0, -4.0, 1.0, 2.0]
+
+
+@pytest.mark.exercise(1, points=2)
+def test_rope_frequencies():
+    """From one radian a position down to nearly 1 / rope_theta, by equal ratios. Llama 3 leaves the fast ones as they are,
+    and makes the slow ones slower by its factor."""
+    config = LlamaConfig.load(GOLDEN / "tiny_guard")
+    plain = rotary_frequencies(replace(config, rope_scaling=None))
+    assert plain.dtype == torch.float64 and plain.shape == (config.head_dim // 2,) and plain[0] == 1
+    ratio = config.rope_theta ** (-2 / config.head_dim)
+    torch.testing.assert_close(plain[1:] / plain[:-1], torch.full_like(plain[1:], ratio), atol=1e-12, rtol=0)
+    s = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = replace(config, head_dim=64, rope_scaling=None)
+    plain, scaled = rotary_frequencies(config), rotary_frequencies(replace(config, rope_scaling=s))
+    turns = 64 * plain / (2 * math.pi)                  # full turns within the first context
+    torch.testing.assert_close(scaled[turns > 4], plain[turns > 4])
+    torch.testing.assert_close(scaled[turns < 1], plain[turns < 1] / 4)
+    between = (turns > 1) & (turns < 4)
+    assert between.any() and (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 4).all()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])

@@ -40,6 +40,7 @@ def new_guard(tiny_guard):
     return randomized(Guard(add_lora(tiny_guard, 4, 8, TARGETS, first_layer=1), Template([0, 21], [22, 23])))
 
 
+@pytest.mark.exercise(5, points=2)
 def test_loss_equals_the_naive_one(new_mrm):
     """Against M(s) in full, [positions, vocab], of which the entry of the token that is really there is picked."""
     tokens = torch.randint(0, 512, (3, 15), generator=torch.Generator().manual_seed(1))
@@ -51,6 +52,23 @@ def test_loss_equals_the_naive_one(new_mrm):
     torch.testing.assert_close(loss, naive, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.exercise(5, points=2)
+def test_loss_computes_one_entry_for_each_position(new_mrm, monkeypatch):
+    """Never M(s) for the whole vocabulary, which in training would be [positions, vocab]."""
+    monkeypatch.setattr(new_mrm.llama, "logits", lambda hidden: pytest.fail("all of M(s) was computed"))
+    monkeypatch.setattr(new_mrm, "rewards", lambda hidden: pytest.fail("all of M(s) was computed"))
+    hidden, children = torch.randn(7, 48, dtype=torch.float64), torch.tensor([1, 5, 1, 400, 0, 511, 5])
+    entries = new_mrm.child_rewards(hidden, children)
+    assert entries.shape == (7,)
+    rewards = entries.detach() + 2
+    assert partial_supervision_loss(new_mrm, hidden, children, rewards).item() == pytest.approx(4)      # a mean of squares
+    new_mrm.bias.data += 1
+    torch.testing.assert_close(new_mrm.child_rewards(hidden, children), entries + 1)
+    new_mrm.bias.data.zero_(), new_mrm.gain.data.zero_()
+    assert new_mrm.child_rewards(hidden, children).abs().max() == 0
+
+
+@pytest.mark.exercise(5, points=1)
 def test_gradient_touches_the_adapter_only(new_mrm):
     tokens = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(1))
     hidden = new_mrm.llama(tokens)[:, :-1].flatten(0, 1)
@@ -97,6 +115,7 @@ def test_one_pass_of_a_backbone_reads_for_all(tiny_guard, new_mrm, new_guard):
         torch.testing.assert_close(trie.states([node]), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.exercise(6, points=2)
 def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
     hidden = new_mrm.llama(torch.arange(6)[None])[0]
     free, cons = new_mrm.rewards(hidden), new_mrm.conservative_rewards(hidden)

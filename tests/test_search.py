@@ -28,6 +28,7 @@ def reward_model_of(method, mrm, guard):
     return {None: None, "guard": guard, "mrm": mrm}[SEARCHES[method][1]]
 
 
+@pytest.mark.exercise(7, points=4)
 @pytest.mark.parametrize("case", range(14))
 def test_saffron_walks_through_the_golden_frontiers(tiny_policy, tiny_mrm, golden_search, case):
     """Frontiers after every step, as far as the order of the authors' code is specified, and the reply."""
@@ -79,6 +80,7 @@ def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt, beta):
         assert [b.log_prob for b in got] == pytest.approx([total for *_, total in frontier], abs=1e-9)
 
 
+@pytest.mark.exercise(7, points=2)
 def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
     """Of a few tokens that each reply must use again and again, no four in a row come twice; without beta they do."""
     few = copy.deepcopy(tiny_mrm)
@@ -90,6 +92,7 @@ def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
         assert any(len(set(grams(branch.tokens))) < 37 for branch in result.trace[-1]) == looping
 
 
+@pytest.mark.exercise(7, points=1)
 def test_when_nothing_new_is_left_saffron_repeats_itself(tiny_policy, tiny_mrm):
     """It never runs dry: with one token to choose from, that is the reply."""
     one = copy.deepcopy(tiny_mrm)
@@ -98,6 +101,7 @@ def test_when_nothing_new_is_left_saffron_repeats_itself(tiny_policy, tiny_mrm):
     assert saffron(tiny_policy, one, Prompt([1]), width=2, max_new_tokens=9, min_new_tokens=9, beta=0.05).tokens == [20] * 9
 
 
+@pytest.mark.exercise(7, points=1)
 def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, tiny_mrm, tiny_guard):
     """Also with all but three tokens unseen, when hardly any nucleus has a seen one."""
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
@@ -108,6 +112,7 @@ def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, t
     assert all(set(b.tokens) <= {20, 300} and b.reward > -math.inf for frontier in result.trace for b in frontier)
 
 
+@pytest.mark.exercise(4, points=2)
 def test_candidates_of_an_unseen_nucleus():
     """Of two sequences: the first one's nucleus is unseen at top_p 0.9, the second one's is not."""
     logits = torch.tensor([[5.0, 4.0, 1.0, 2.0], [1.0, 5.0, 6.0, 1.0]])
@@ -116,6 +121,26 @@ def test_candidates_of_an_unseen_nucleus():
     assert of(0.9, 1.0) == [[0, 1], [3, 2]]                                         # the most likely seen one
     assert of(0.9, 0.0) == [[0, 1], [3, 2]]                                         # also when the policy is greedy
     assert of(1.0, 1.0) == [[0, 0, 1, 1], [3, 2, 2, 3]]                             # most likely first
+    with pytest.raises(BadInput, match="has not seen any token"):
+        candidates(logits.index_fill(1, torch.tensor([2, 3]), -math.inf), unseen, 0.9, 1.0)
+
+
+@pytest.mark.exercise(4, points=2)
+@pytest.mark.parametrize("seed", range(20))
+def test_a_nucleus_is_the_smallest_set_of_most_likely_tokens(seed):
+    """Most likely first, equal ones by id, and no token more than it takes to hold top_p."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = [0.0, 0.5, 2.0, 6.0][seed % 4]                                          # from uniform to peaked
+    p = (torch.randn(5000, generator=generator, dtype=torch.float64) * scale).round(decimals=seed % 3).softmax(-1)
+    for top_p in (1e-9, 0.3, 0.8, 0.99):
+        inside = nucleus(p, top_p)
+        outside = torch.ones(5000, dtype=torch.bool).index_fill(0, inside, False)
+        assert len(inside.unique()) == len(inside) == 5000 - outside.sum() >= 1
+        mass = p[inside].sum()
+        assert mass >= top_p - 1e-9 and mass - p[inside[-1]] < top_p + 1e-9
+        assert not outside.any() or p[inside].min() >= p[outside].max()
+        keys = [(-x, i) for x, i in zip(p[inside].tolist(), inside.tolist())]
+        assert keys == sorted(keys)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -130,6 +155,7 @@ def test_nucleus_equals_sorting_the_whole_vocabulary(seed):
         assert torch.equal(nucleus(p, top_p), expected) and len(expected) >= 1
 
 
+@pytest.mark.exercise(4, points=1)
 def test_no_nucleus_holds_a_token_of_probability_0():
     """Also where rounding keeps the sum of all probabilities below top_p = 1."""
     for seed in range(30):
@@ -138,6 +164,7 @@ def test_no_nucleus_holds_a_token_of_probability_0():
         assert 7 not in nucleus(p / p.sum(), 1.0)
 
 
+@pytest.mark.exercise(7, points=2)
 def test_finished_replies_stay_first_and_the_best_wins(tiny_policy, tiny_mrm):
     """With min_new_tokens = 0 and a wide nucleus, many branches end; the frontier keeps them, best first."""
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
@@ -337,12 +364,8 @@ class Plain:
 
     def nucleus(self, reply, top_p):
         """[(token, probability)], most likely first."""
-        mass, kept = 0.0, []
-        for token, p in sorted(enumerate(self.p(reply).tolist()), key=lambda x: -x[1]):
-            if mass < top_p:
-                kept.append((token, p))
-            mass += p
-        return kept
+        p = self.p(reply)
+        return [(token, p[token].item()) for token in nucleus(p, top_p).tolist()]
 
     def reward(self, reply):
         self.calls += 1
@@ -383,6 +406,7 @@ def test_beam_and_saffron_with_a_guard_score_every_candidate(plain, method, widt
     assert result.stats.reward_calls == plain.calls >= len(result.trace)
 
 
+@pytest.mark.exercise(8, points=3)
 def test_shares_are_whole_and_in_proportion():
     assert shares([0.0, 0.0], 5) == [3, 2]                                      # equal: the first gets the odd one
     assert shares([math.log(6), math.log(3), math.log(1)], 10) == [6, 3, 1]     # odds 6 : 3 : 1
@@ -393,6 +417,7 @@ def test_shares_are_whole_and_in_proportion():
         assert sum(counts) == 16 and all(abs(n - x) < 1 for n, x in zip(counts, exact.tolist()))
 
 
+@pytest.mark.exercise(8, points=5)
 @pytest.mark.parametrize("seed", range(4))
 def test_rebase_shares_its_expansions_by_reward(plain, seed):
     width, top_p = 6, 0.7

@@ -17,6 +17,7 @@ def without_cache(model, sequence):
     return model(torch.tensor([sequence]))[0, -1]
 
 
+@pytest.mark.exercise(2, points=2)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_trees(tiny_guard, seed):
     """A random search: grow branches, ask again, forget most. Capacity 4 makes the arena double several times."""
@@ -39,6 +40,7 @@ def test_random_trees(tiny_guard, seed):
     assert trie.arena.shape[3] >= 8 and trie.peak_slots <= trie.used
 
 
+@pytest.mark.exercise(3, points=1)
 def test_asking_again_computes_nothing(tiny_guard):
     trie = TrieCache(tiny_guard)
     first, computed = trie([[1, 2, 3], [1, 2]]), trie.computed
@@ -46,15 +48,111 @@ def test_asking_again_computes_nothing(tiny_guard):
     assert trie.computed == computed == 3
 
 
+def grown(model, sequences, capacity=256):
+    """A trie that these sequences were put into, and their nodes. No model reads them."""
+    trie = TrieCache(model, capacity)
+    nodes = [trie.insert(trie.root, sequence) for sequence in sequences]
+    trie.waiting.clear()
+    return trie, nodes
+
+
+def path(node):
+    """The tokens and the slots from the root to a node."""
+    tokens, slots = [], []
+    while node.parent:
+        tokens, slots, node = [node.token] + tokens, [node.slot] + slots, node.parent
+    return tokens, slots
+
+
+@pytest.mark.exercise(3, points=2)
+def test_a_prefix_has_one_node_and_each_node_one_slot(tiny_guard):
+    sequences = [[1, 2, 3], [1, 2, 4, 5], [1, 2], [6]]
+    trie, nodes = grown(tiny_guard, sequences, capacity=2)
+    assert [path(node)[0] for node in nodes] == sequences and [node.depth for node in nodes] == [3, 4, 2, 1]
+    slots = {tuple(path(node)[0]): node.slot for leaf in nodes for node in ancestors(leaf)}
+    assert sorted(slots.values()) == list(range(6)) and trie.used == 6      # of 10 tokens, 6 are different prefixes
+    assert trie.cached == 0 + 2 + 2 + 0                                     # the rest were there
+    assert trie.insert(nodes[0].parent, [4]) is nodes[1].parent and trie.insert(nodes[3], []) is nodes[3]
+    assert len(trie.hidden) >= 6 and trie.arena.shape[3] == len(trie.hidden) == len(trie.visible)
+
+
+def ancestors(node):
+    """The node and all above it but the root."""
+    return [node, *ancestors(node.parent)] if node.parent else []
+
+
+@pytest.mark.exercise(3, points=2)
+def test_new_nodes_wait_to_be_computed_and_see_their_path_only(tiny_guard):
+    trie = TrieCache(tiny_guard, capacity=2)
+    trie.insert(trie.root, [1, 2, 3])
+    trie.insert(trie.root, [1, 4])
+    assert [path(node)[0] for node in trie.waiting] == [[1], [1, 2], [1, 2, 3], [1, 4]]
+    for node in trie.waiting:
+        assert trie.visible[node.slot].nonzero()[0].tolist() == sorted(path(node)[1])
+
+
+@pytest.mark.exercise(3, points=3)
 def test_slots_are_given_back_and_used_again(tiny_guard):
-    trie = TrieCache(tiny_guard)
-    trie([[1, 2, 3, 4], [1, 2, 5, 6]])
-    trie.retain([[1, 2, 5]])
-    assert sorted(trie.free) == [2, 3, 5]
-    trie([[1, 2, 5, 7, 8]])
-    assert trie.free == [5] and trie.used == 6
-    trie.retain([])
+    """From each leaf that is not kept upwards, as far as nothing else hangs on the path; the lowest are used first."""
+    trie, (_, leaf) = grown(tiny_guard, [[1, 2, 3, 4], [1, 2, 5, 6]])
+    lost = trie.root.children[1].children[2].children[3]
+    trie.keep({leaf.parent})
+    assert sorted(trie.free) == [2, 3, 5] and lost.slot is None and leaf.slot is None
+    node = trie.insert(leaf.parent, [7, 8])
+    assert trie.free == [5] and trie.used == 6 and path(node) == ([1, 2, 5, 7, 8], [0, 1, 4, 2, 3])
+    assert trie.visible[3].nonzero()[0].tolist() == [0, 1, 2, 3, 4]          # nothing is left of what was there before
+    assert trie.peak_slots == 6
+    trie.waiting.clear()
+    trie.keep(set())
     assert len(trie.free) == trie.used and not trie.root.children
+
+
+def attended(trie, q, k, v, slots, sees):
+    """trie.attend for tokens at these slots, of which each sees those slots."""
+    trie.slots = torch.tensor(slots)
+    trie.mask = torch.full((len(slots), trie.used), -torch.inf, dtype=q.dtype)
+    for row, visible in zip(trie.mask, sees):
+        row[visible] = 0
+    return trie.attend(0, q[None], k[None], v[None])[0]
+
+
+@pytest.fixture
+def qkv(tiny_guard):
+    """Two tokens' queries (heads, 2, head_dim), keys and values (kv_heads, 2, head_dim)."""
+    config, generator = tiny_guard.config, torch.Generator().manual_seed(0)
+    draw = lambda heads: torch.randn(heads, 2, config.head_dim, dtype=torch.float64, generator=generator)
+    return draw(config.num_attention_heads), draw(config.num_key_value_heads), draw(config.num_key_value_heads)
+
+
+@pytest.mark.exercise(2, points=1)
+def test_a_token_that_sees_one_slot_gets_its_value(tiny_guard, qkv):
+    """Each head that of its group: of 6 heads, the first three share keys and values, and the last three."""
+    trie, _ = grown(tiny_guard, [[1, 2, 3]])
+    q, k, v = qkv
+    out = attended(trie, q, k, v, [2, 0], [[2], [0]])
+    assert out.shape == q.shape
+    for head in range(len(q)):
+        torch.testing.assert_close(out[head], v[head // (len(q) // len(v))])
+    torch.testing.assert_close(trie.arena[0, :, :, [2, 0]], torch.stack((k, v)))             # kept for later tokens
+    assert trie.arena[1:].abs().sum() == 0 and trie.arena[0, :, :, 1].abs().sum() == 0      # and nothing else
+
+
+@pytest.mark.exercise(2, points=2)
+def test_attention_looks_at_visible_slots_only_by_softmax_of_scaled_products(tiny_guard, qkv):
+    trie, _ = grown(tiny_guard, [[1, 2, 3, 4]])
+    q, k, v = qkv
+    trie.arena[0, :, :, :2] = torch.randn(trie.arena[0, :, :, :2].shape, dtype=torch.float64)
+    first = attended(trie, q, k, v, [2, 3], [[0, 2], [0, 2, 3]])
+    trie.arena[0, :, :, 1] = 1e3                                             # a slot that nobody sees
+    torch.testing.assert_close(attended(trie, q, k, v, [2, 3], [[0, 2], [0, 2, 3]]), first)
+    trie.arena[0, 0, :, 0] = k[:, 0]                                         # equal keys: the mean of the values
+    mean = (trie.arena[0, 1, :, 0] + v[:, 0]) / 2
+    torch.testing.assert_close(attended(trie, q, k, v, [2, 3], [[0, 2], [3]])[0, 0], mean[0])
+    # One product larger by log 3, after the division by sqrt(head_dim), weighs three times as much.
+    unit = q[:, :1] / q[:, :1].square().sum(-1, keepdim=True) * q.shape[-1] ** 0.5
+    k = unit[::len(q) // len(k)] * torch.tensor([0.0, 3.0]).log1p()[None, :, None] / torch.tensor(4.0).log() * torch.tensor(3.0).log()
+    out = attended(trie, q[:, :1].expand_as(q), k, v, [2, 3], [[2, 3], [2, 3]])
+    torch.testing.assert_close(out[0, 0], (v[0, 0] + 3 * v[0, 1]) / 4)
 
 
 def test_attended_counts_every_key_that_is_looked_at(tiny_guard):
