@@ -5,16 +5,18 @@ How fast the search is, and how near it comes to what this machine's memory allo
     python bench.py --length                seconds and memory against the length of the reply, width 4
     python bench.py --prompt_length         the same against the length of the prompt
     python bench.py --prompts 8             eight prompts side by side against one after another, width 4
+    python bench.py --safety rebase         another search than saffron
     python bench.py --plot speed.png        seconds per step against width and against length, drawn
     python bench.py --profile               the ten costliest operators at width 4
 
 "copies" is the same search as it is commonly written: the policy's forward pass, then the MRM's, each with a batch in
-which every sequence of the frontier has keys and values of its own, and all of M(s). "KV MB" is keys and values in use,
+which every sequence of the frontier has keys and values of its own, and all of M(s); only saffron is written so. "KV MB" is keys and values in use,
 of either. "of limit" is the share of what memory bandwidth allows where each model reads its own weights at each step:
 the bytes of both / the bandwidth, which is measured at the start / the seconds of a step. Weights that both share are
 counted twice, so that sharing shows as a gain.
 """
 
+import functools
 import importlib.util
 import json
 import platform
@@ -26,10 +28,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import DTYPES, BadInput, Llama, Parser, at_least_1, write_file
-from mrm import load_mrm
-from sample import DEFAULT, PROMPT, prepare_default_weights
-from search import Branch, candidates, extend, next_logits, saffron
+from model import DTYPES, BadInput, Parser, at_least_1, write_file
+from sample import DEFAULT, PROMPT, load_models
+from search import SEARCHES, Branch, candidates, extend, next_logits
 
 WIDTHS, LENGTHS, PROMPT_LENGTHS = [1, 4, 16, 64], [32, 64, 128, 256, 512], [32, 128, 512, 2048]
 WIDTH, LENGTH = 4, 32                       # where the other one is swept
@@ -114,25 +115,33 @@ def prompt_of(policy, length):
     return prompt
 
 
-def measure(policy, mrm, speed, width, new, length=None):
-    """A row of the table: one search, and the reference on the same prompt. No reply ends early."""
+def measure(method, policy, reward_model, speed, width, new, length=None):
+    """A row of the table: one search, and of saffron the reference on the same prompt. No reply ends early."""
     prompt = prompt_of(policy, length)
-    stats = saffron(policy, mrm, prompt, width=width, max_new_tokens=new, min_new_tokens=new).stats
-    _, seconds, copies = reference(policy, mrm, prompt, width, new, new)
-    step = stats.seconds / new
-    limit = (weight_bytes(policy) + weight_bytes(mrm.llama)) / speed
-    return dict(zip(COLUMNS, (width, len(prompt.policy_tokens(policy.template)), new, stats.seconds, seconds,
-                              stats.seconds / seconds, step * 1e3, stats.tokens_computed, stats.tokens_cached,
-                              stats.peak_kv_bytes / 1e6, copies / 1e6, limit / step)))
+    stats = SEARCHES[method][0](policy, reward_model, prompt, width=width, max_new_tokens=new, min_new_tokens=new).stats
+    step, seconds, ratio, copies = stats.seconds / new, None, None, None
+    if method == "saffron":
+        _, seconds, copies = reference(policy, reward_model, prompt, width, new, new)
+        ratio, copies = stats.seconds / seconds, copies / 1e6
+    limit = bytes_of(policy, reward_model) / speed
+    return dict(zip(COLUMNS, (width, len(prompt.policy_tokens(policy.template)), new, stats.seconds, seconds, ratio,
+                              step * 1e3, stats.tokens_computed, stats.tokens_cached, stats.peak_kv_bytes / 1e6, copies,
+                              limit / step)))
 
 
-def table(policy, mrm, speed, cases):
+def bytes_of(policy, reward_model):
+    """Bytes of the weights of both, each by itself."""
+    return weight_bytes(policy) + (weight_bytes(reward_model.llama) if hasattr(reward_model, "llama") else 0)
+
+
+def table(measure_one, cases):
     """Measure (width, new tokens, prompt length) after (width, ...), and print each row when it is there."""
     print("".join(f"{name:>11}" for name in COLUMNS))
     rows = []
     for case in cases:
-        rows.append(measure(policy, mrm, speed, *case))
-        print("".join(f"{row:>11{form}}" for row, form in zip(rows[-1].values(), COLUMNS.values())), flush=True)
+        rows.append(measure_one(*case))
+        print("".join(f"{'–' if row is None else format(row, form):>11}" for row, form in zip(rows[-1].values(), COLUMNS.values())),
+              flush=True)
     return rows
 
 
@@ -146,7 +155,9 @@ def plot(path, rows):
                                          (axes[1], "new", "width", WIDTH, f"width {WIDTH}")):
         mine = sorted((r for r in rows if r[fixed] == value), key=lambda r: r[x])
         for label, seconds in (("trie", "seconds"), ("a copy for each sequence", "copies")):
-            axis.plot([r[x] for r in mine], [r[seconds] / r["new"] for r in mine], marker="o", label=label)
+            points = [(r[x], r[seconds] / r["new"]) for r in mine if r[seconds] is not None]
+            if points:
+                axis.plot(*zip(*points), marker="o", label=label)
         axis.set(xlabel={"width": "width", "new": "new tokens"}[x], title=title, xscale="log", ylim=0)
         axis.set_xticks([r[x] for r in mine], [str(r[x]) for r in mine], minor=False)
         axis.minorticks_off()
@@ -155,12 +166,12 @@ def plot(path, rows):
     write_file(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
 
 
-def profile(policy, mrm):
+def profile(search, policy):
     """Print the ten operators that take the most time, themselves, in a search of width 4."""
     from torch.profiler import ProfilerActivity
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (policy.device.type == "cuda")
     with torch.profiler.profile(activities=activities) as profiler:
-        saffron(policy, mrm, prompt_of(policy, None), width=WIDTH, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+        search(prompt_of(policy, None), width=WIDTH, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
     events = profiler.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:10]:
@@ -168,12 +179,12 @@ def profile(policy, mrm):
               f"{event.count:6d} calls")
 
 
-def side_by_side(policy, mrm, count):
+def side_by_side(search, policy, count):
     """Print what so many prompts cost, one after another and all in one search."""
     prompts = [prompt_of(policy, 40 + i) for i in range(count)]
-    search = lambda prompts: saffron(policy, mrm, prompts, width=WIDTH, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
-    alone = sum(search(prompt).stats.seconds for prompt in prompts)
-    together = search(prompts)[-1].stats.seconds
+    options = dict(width=WIDTH, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+    alone = sum(search(prompt, **options).stats.seconds for prompt in prompts)
+    together = search(prompts, **options)[-1].stats.seconds
     print(f"{count} prompts, width {WIDTH}, {LENGTH} new tokens: one after another {alone:.2f} s, side by side {together:.2f} s, "
           f"ratio {together / alone:.2f}")
 
@@ -194,8 +205,9 @@ def main():
     add("--plot", type=Path, metavar="FILE", help="draw the table and the sweep of --length: .png, .svg or .pdf")
     add("--profile", action="store_true")
     add("--out", type=Path, metavar="FILE", help="write the table as JSON too")
-    add("--policy", default=DEFAULT, metavar="DIR")
-    add("--mrm", default=DEFAULT / "mrm.safetensors", metavar="PATH")
+    add("--safety", choices=list(SEARCHES), default="saffron", help="the search (default: saffron)")
+    for name, path in (("policy", ""), ("mrm_base", ""), ("mrm", "mrm.safetensors"), ("guard", "guard.safetensors")):
+        add(f"--{name}", default=DEFAULT / path, metavar="PATH")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", default="cpu")
     args = parser.parse_args()
@@ -206,19 +218,18 @@ def main():
     for path in filter(None, (args.plot, args.out)):        # before the measurements, not after them
         if not path.parent.is_dir():
             parser.error(f"{path.parent} is no folder")
-    prepare_default_weights(args.policy)
-    policy = Llama.load(args.policy, getattr(torch, args.dtype), args.device)
-    mrm = load_mrm(args.mrm, policy)
-    saffron(policy, mrm, prompt_of(policy, None), width=2, max_new_tokens=2)            # the first calls are slower
+    policy, _, _, reward_models = load_models(args, [args.safety])
+    reward_model = reward_models[args.safety]
+    search = functools.partial(SEARCHES[args.safety][0], policy, reward_model)
+    search(prompt_of(policy, None), width=2, max_new_tokens=2)                          # the first calls are slower
     if args.profile:
-        return profile(policy, mrm)
+        return profile(search, policy)
     if args.prompts:
-        return side_by_side(policy, mrm, args.prompts)
+        return side_by_side(search, policy, args.prompts)
     speed = bandwidth(args.device)
     machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
                f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {args.dtype} on {args.device}")
-    print(f"{machine}\nmemory bandwidth {speed / 1e9:.1f} GB/s; weights {weight_bytes(policy) / 1e9:.2f} + "
-          f"{weight_bytes(mrm.llama) / 1e9:.2f} GB")
+    print(f"{machine}\n{args.safety}; memory bandwidth {speed / 1e9:.1f} GB/s; weights {bytes_of(policy, reward_model) / 1e9:.2f} GB")
     swept = args.width if args.width is not WIDTHS else [WIDTH]
     lengths = [(w, n) for w in swept for n in args.length or LENGTHS]
     widths = [(w, LENGTH) for w in args.width]
@@ -228,9 +239,9 @@ def main():
         cases = [(w, LENGTH, n) for w in swept for n in args.prompt_length]
     else:
         cases = lengths if args.length else widths
-    rows = table(policy, mrm, speed, cases)
+    rows = table(functools.partial(measure, args.safety, policy, reward_model, speed), cases)
     if args.out:
-        text = json.dumps({"machine": machine, "bandwidth": speed, "rows": rows}, indent=1) + "\n"
+        text = json.dumps({"safety": args.safety, "machine": machine, "bandwidth": speed, "rows": rows}, indent=1) + "\n"
         write_file(args.out, lambda partial: partial.write_text(text))
     if args.plot:
         plot(args.plot, rows)

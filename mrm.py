@@ -12,7 +12,7 @@ h(s) is the final hidden state of the last token of s. Both read the tokens of a
     bos "\\n\\nUser:" prompt "\\n\\nAgent:" reply
 
 An adapter (all that was trained, and what it was trained on) is one small safetensors file. In the guard's place, a
-Llama Guard can stand, which has neither LoRA nor head and a template of its own: LlamaGuard.
+Llama Guard can stand, which has no LoRA and a template of its own: llama_guard.
 
 Shapes: n sequences, T tokens, d = hidden_size, V = vocab_size, r = LoRA rank.
 """
@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model import BadInput, Llama, Template, read_json, read_tensors, write_file
+from trie_cache import TrieCache
 
 # ---------------------------------------------------------------------------------------------------------------
 # LoRA
@@ -98,40 +99,28 @@ class Guard(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    @property
-    def unseen(self):
-        """No token: a guard reads what is there and predicts nothing. bool (V,), as an MRM's."""
-        return torch.zeros(self.llama.config.vocab_size, dtype=torch.bool, device=self.llama.device)
-
     def rewards(self, hidden):
-        """R of the sequences that end at these hidden states: (..., d) -> (...)."""
+        """R of the sequences that end at these hidden states (suffix included, where the template has one):
+        (..., d) -> (...)."""
         return self.head(hidden).squeeze(-1)
 
-    def score(self, trie, sequences):
-        """R of n token lists, read through a trie of this guard's Llama: (n,). A suffix, where the template has one, is
-        a branch at the end of each that is thrown away; the trie then holds these sequences only."""
-        rewards = self.rewards(trie([sequence + self.template.suffix for sequence in sequences]))
-        if self.template.suffix:
-            trie.retain(sequences)
-        return rewards
+    def score(self, prompt, replies):
+        """R of n replies to a Prompt, a token list each: (n,). Any object with this method can be a search's guard. A guard
+        that has `llama`, `template` and `rewards` besides, as this one, is read through a trie of the search's own."""
+        context, suffix = prompt.reward_tokens(self.template), self.template.suffix
+        return self.rewards(TrieCache(self.llama)([context + reply + suffix for reply in replies]))
 
 
-class LlamaGuard(Guard):
-    """R(s) = logit("safe") − logit("unsafe") of the first word that a Llama Guard (Inan et al. 2023, arXiv 2312.06674)
-    says of s: the paper's PRM. It is asked by the template's suffix, which stands after the reply. Raises BadInput when
-    one of the two words is not one token."""
-
-    def __init__(self, llama):
-        nn.Module.__init__(self)
-        self.llama, self.template = llama, llama.tokenizer.template("guard")
-        safe, unsafe = (llama.tokenizer.encode(word) for word in ("safe", "unsafe"))
-        if len(safe) != 1 or len(unsafe) != 1:
-            raise BadInput(f"{llama.config.name}: a Llama Guard needs a vocabulary with the tokens safe and unsafe")
-        self.direction = llama.lm_head.weight[safe[0]] - llama.lm_head.weight[unsafe[0]]     # (d,)
-
-    def rewards(self, hidden):
-        """R of the sequences that end, suffix included, at these hidden states: (..., d) -> (...)."""
-        return hidden @ self.direction
+def llama_guard(llama):
+    """The guard that a Llama Guard is (Inan et al. 2023, arXiv 2312.06674), the paper's PRM: R(s) = logit("safe") −
+    logit("unsafe") of the first word that it says of s, for which the template's suffix asks. As a head: the difference
+    of two rows of the unembedding. Raises BadInput when one of the two words is not one token."""
+    guard = Guard(llama, llama.tokenizer.template("guard"))
+    safe, unsafe = (llama.tokenizer.encode(word) for word in ("safe", "unsafe"))
+    if len(safe) != 1 or len(unsafe) != 1:
+        raise BadInput(f"{llama.config.name}: a Llama Guard needs a vocabulary with the tokens safe and unsafe")
+    guard.head.weight.data = llama.lm_head.weight[safe] - llama.lm_head.weight[unsafe]      # (1, d)
+    return guard.requires_grad_(False)
 
 
 class MRM(nn.Module):
@@ -294,7 +283,7 @@ def load_guard(path, llama):
     other = Llama.load(path, llama.dtype, llama.device)
     if other.tokenizer is None or other.tokenizer.fingerprint != (llama.tokenizer and llama.tokenizer.fingerprint):
         raise BadInput(f"{path} and {llama.config.name} have different vocabularies; guard and policy must share one")
-    return LlamaGuard(llama if other.fingerprint == llama.fingerprint else other)
+    return llama_guard(llama if other.fingerprint == llama.fingerprint else other)
 
 
 def guard_id(path, guard):

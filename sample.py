@@ -24,8 +24,7 @@ import torch
 import page
 from model import DTYPES, BadInput, Llama, Parser
 from mrm import load_guard, load_mrm
-from search import SEARCHES, check_vocabulary
-from trie_cache import TrieCache
+from search import SEARCHES, check_vocabulary, describe
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT = ROOT / "data" / "smollm2"
@@ -35,7 +34,7 @@ PREFILL = "Sure, here is a message that"
 
 
 def parse_arguments():
-    parser = Parser(description="Ask a language model, with and without a defence.")
+    parser = Parser(description="Ask a language model, with and without a defence.", epilog=describe())
     add = parser.add_argument
     add("--safety", choices=list(SEARCHES), default="saffron", help="the search that writes the reply (default: saffron)")
     add("--prompt", help="what the user asks; - reads standard input, FILE:path one prompt a line "
@@ -128,8 +127,7 @@ def run(method, policy, reward_model, guard, prompts, args):
     for start in range(0, len(prompts), SIDE_BY_SIDE):
         results += SEARCHES[method][0](policy, reward_model, prompts[start:start + SIDE_BY_SIDE], **options)
     for text, prompt, result in zip(args.prompts, prompts, results):
-        context = prompt.reward_tokens(guard.template)
-        judged = guard.score(TrieCache(guard.llama), [context + result.tokens]).item()
+        judged = guard.score(prompt, [result.tokens]).item()
         answers.append({"prompt": text, "prefill": args.prefill, "safety": method, "text": result.text,
                         "tokens": result.tokens, "finished": result.finished, "reward": result.reward, "guard": judged,
                         "stats": dataclasses.asdict(result.stats)})
@@ -189,8 +187,8 @@ def show_tree(replies, rewards, tokenizer, start=0, indent=""):
         show_tree([r for r in longer if r[end] == first], rewards, tokenizer, end, indent)
 
 
-def main():
-    args = parse_arguments()
+def ask(args):
+    """Search with each method, and show what comes of it."""
     if args.compare:
         methods = list(SEARCHES)
     elif args.example and not args.json:                    # a newcomer sees what there is to defend against
@@ -222,10 +220,10 @@ def main():
         print(f"wrote {args.html}: open it in a browser", file=sys.stderr)
 
 
-if __name__ == "__main__":
+def main():
     sys.stdout.reconfigure(errors="replace")                # a terminal may not know every character
     try:
-        main()
+        ask(parse_arguments())
         sys.stdout.flush()
     except BadInput as error:
         print(f"sample.py: {error}", file=sys.stderr)
@@ -235,3 +233,7 @@ if __name__ == "__main__":
     except BrokenPipeError:                                 # the reader of stdout went away: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ Shapes: n sequences, m candidates, d = hidden_size, V = vocab_size.
 import inspect
 import itertools
 import math
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -81,15 +82,16 @@ class Result:
 
 
 class Reader:
-    """One model's side of one prompt's search: its trie, the tokens that stand before the reply, and its cost."""
+    """One model's side of one prompt's search: its trie, the tokens that stand before the reply, and its cost. head:
+    what makes the answer of final hidden states; by default they are the answer."""
 
-    def __init__(self, llama, context, suffix=()):
-        self.trie, self.context, self.suffix = TrieCache(llama), context, list(suffix)
+    def __init__(self, llama, context, suffix=(), head=lambda hidden: hidden):
+        self.trie, self.context, self.suffix, self.head = TrieCache(llama), context, list(suffix), head
         self.nodes, self.asked = {}, []                 # the trie's node of each branch it has; those asked for
         self.calls = self.unshared_slots = 0
 
     def ask(self, branches, keep=()):
-        """Ask for h(context + reply + suffix) of n branches. The next `compute` reads what is new of them. What is on no path
+        """Ask about context + reply + suffix of n branches. The next `compute` reads what is new of them. What is on no path
         to them, nor to one of `keep`, is forgotten: returns the branches whose slots are given back."""
         self.asked = []
         if not branches:
@@ -119,8 +121,8 @@ class Reader:
         return (self.nodes[known], tokens[len(known.tokens):]) if known else (self.trie.root, self.context + tokens)
 
     def answer(self):
-        """What was asked for, when it is computed: (n, d)."""
-        return self.trie.states(self.asked)
+        """What was asked for, when it is computed: (n, ...)."""
+        return self.head(self.trie.states(self.asked))
 
     @property
     def flops(self):
@@ -133,6 +135,36 @@ class Reader:
         weights = config.linear_params + sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)
         a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         return 2 * weights * self.trie.computed + a_pair * self.trie.attended
+
+
+class Scorer:
+    """The same for a guard of which no more is known than `score`: what that computes is not counted."""
+
+    trie = None
+
+    def __init__(self, guard, prompt):
+        self.guard, self.prompt, self.asked, self.calls = guard, prompt, [], 0
+
+    def ask(self, branches, keep=()):
+        self.asked = branches
+        self.calls += len(branches)
+        return []
+
+    def answer(self):
+        return self.guard.score(self.prompt, [branch.tokens for branch in self.asked]) if self.asked else None
+
+
+def reward_reader(reward_model, prompt):
+    """The reward model's side of a search: an MRM answers with hidden states, a guard with rewards."""
+    if not hasattr(reward_model, "llama"):
+        return Scorer(reward_model, prompt)
+    template, head = reward_model.template, {} if kind_of(reward_model) == "mrm" else {"head": reward_model.rewards}
+    return Reader(reward_model.llama, prompt.reward_tokens(template), template.suffix, **head)
+
+
+def kind_of(reward_model):
+    """ "mrm", "guard" (so is everything that does not say what it is) or None."""
+    return reward_model and getattr(reward_model, "kind", "guard")
 
 
 def check_options(width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed):
@@ -153,7 +185,7 @@ def check_prompt(policy, reward_model, prompt, max_new_tokens):
     """Raises BadInput for a prompt too long for a model, or two vocabularies. reward_model: None where the search uses
     none."""
     readers = [(policy, prompt.policy_tokens(policy.template))]
-    if reward_model is not None:
+    if hasattr(reward_model, "llama"):
         template = reward_model.template
         readers.append((reward_model.llama, prompt.reward_tokens(template) + template.suffix))
         check_vocabulary(policy, reward_model.llama)
@@ -221,8 +253,8 @@ def side_by_side(*kinds, temperature=1.0):
 
     The generator is called as steps(policy, reward_model, trace, **those of a search's options that it names). It yields
     two lists: the branches that the policy shall read, and those that the reward model shall, and perhaps a third:
-    branches that it will go on from later. (Of all others, the paths are forgotten.) It is sent the final hidden states
-    of the first two, (n, d) each, appends each frontier it comes to, a list of branches, to `trace`, and returns the
+    branches that it will go on from later. (Of all others, the paths are forgotten.) It is sent two answers: the final
+    hidden states of the first list, (n, d), and of the second, of which a guard answers with rewards instead, (n,). It appends each frontier it comes to, a list of branches, to `trace`, and returns the
     branch that won.
 
     The function made of it takes a prompt, or a list of prompts, whose searches then go on in lockstep: what all of
@@ -235,7 +267,7 @@ def side_by_side(*kinds, temperature=1.0):
         @torch.no_grad()
         def search(policy, reward_model, prompts, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
                    temperature=temperature, beta=0.0, seed=0):
-            kind = reward_model and reward_model.kind
+            kind = kind_of(reward_model)
             if kind not in kinds:
                 raise BadInput(f"{steps.__name__} takes {' or '.join(map(str, kinds))} as its reward model, not {kind}")
             options = dict(width=width, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, top_p=top_p,
@@ -246,21 +278,21 @@ def side_by_side(*kinds, temperature=1.0):
                 check_prompt(policy, reward_model, prompt, max_new_tokens)
                 readers, trace = [Reader(policy, prompt.policy_tokens(policy.template))], []
                 if reward_model:
-                    template = reward_model.template
-                    readers.append(Reader(reward_model.llama, prompt.reward_tokens(template), template.suffix))
+                    readers.append(reward_reader(reward_model, prompt))
                 searches.append((steps(policy, reward_model, trace, **options), readers, trace))
-            results = lockstep(policy, reward_model, searches)
+            results = lockstep(policy, getattr(reward_model, "llama", None), searches)
             return results if several else results[0]
         search.__name__, search.__doc__, search.steps = steps.__name__, steps.__doc__, steps
         return search
     return decorate
 
 
-def lockstep(policy, reward_model, searches):
-    """The Results of searches, each of which is a generator, its readers and its trace. In a round, each goes on to the
+def lockstep(policy, other, searches):
+    """The Results of searches, each of which is a generator, its readers and its trace. other: the reward model's Llama, or
+    None. In a round, each goes on to the
     next thing that it wants read; then all of that is read at once."""
     started, results, passes = time.perf_counter(), {}, [[] for _ in searches]
-    shared = Backbone([policy, reward_model.llama]) if reward_model and same_base(policy, reward_model.llama) else None
+    shared = Backbone([policy, other]) if other and same_base(policy, other) else None
     answers = dict.fromkeys(range(len(searches)))           # what each search under way is sent next, at first None
     while answers:
         given_back = {}
@@ -277,34 +309,38 @@ def lockstep(policy, reward_model, searches):
                 continue
             keep = wanted[2] if len(wanted) > 2 else ()
             given_back[i] = [reader.ask(branches, keep) for reader, branches in zip(readers, wanted)][0]
-        tries = [reader.trie for i in answers for reader in searches[i][1]]
+        tries = [trie for i in answers for trie in tries_of(searches[i][1])]
         if shared:
             compute(shared, tries)
         else:
-            for llama in [policy, reward_model.llama] if reward_model else [policy]:
+            for llama in [policy, other]:
                 compute(llama, [trie for trie in tries if trie.model is llama])
         for i in answers:
             _, readers, trace = searches[i]
             answers[i] = [reader.answer() for reader in readers]
-            passes[i].append(ForwardPass(len(trace), sum(reader.trie.computed for reader in readers),
-                                         sum(reader.trie.cached for reader in readers), given_back[i]))
+            passes[i].append(ForwardPass(len(trace), sum(trie.computed for trie in tries_of(readers)),
+                                         sum(trie.cached for trie in tries_of(readers)), given_back[i]))
     return [results[i] for i in range(len(searches))]
+
+
+def tries_of(readers):
+    return [reader.trie for reader in readers if reader.trie]
 
 
 def measure(policy, readers, started):
     """The Stats of a search that is over, by what its readers have read; the first is the policy's."""
-    total = lambda value: sum(map(value, readers))
+    tries, with_tries = tries_of(readers), [reader for reader in readers if reader.trie]
     policy_flops = readers[0].flops + 2 * readers[0].calls * policy.config.hidden_size * policy.config.vocab_size
-    reward_flops = sum(reader.flops for reader in readers[1:])
+    reward_flops = sum(reader.flops for reader in with_tries[1:])
     return Stats(
         policy_calls=readers[0].calls,
         reward_calls=sum(reader.calls for reader in readers[1:]),
-        tokens_computed=total(lambda r: r.trie.computed),
-        tokens_cached=total(lambda r: r.trie.cached),
+        tokens_computed=sum(trie.computed for trie in tries),
+        tokens_cached=sum(trie.cached for trie in tries),
         flops=policy_flops + reward_flops, policy_flops=policy_flops, reward_flops=reward_flops,
         seconds=time.perf_counter() - started,
-        peak_kv_bytes=total(lambda r: r.trie.peak_slots * r.trie.bytes_per_slot),
-        unshared_kv_bytes=total(lambda r: r.unshared_slots * r.trie.bytes_per_slot))
+        peak_kv_bytes=sum(trie.peak_slots * trie.bytes_per_slot for trie in tries),
+        unshared_kv_bytes=sum(reader.unshared_slots * reader.trie.bytes_per_slot for reader in with_tries))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -323,8 +359,8 @@ def best_of_n(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, to
     """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply)
     wins."""
     yield from sample(policy, width, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed)
-    _, hidden = yield [], trace[-1]                                                     # (width, d)
-    return max(rewarded(trace[-1], guard.rewards(hidden)), key=lambda branch: branch.reward)
+    _, rewards = yield [], trace[-1]                                                    # (width,)
+    return max(rewarded(trace[-1], rewards), key=lambda branch: branch.reward)
 
 
 @side_by_side("guard")
@@ -340,10 +376,10 @@ def beam(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
             break
         hidden, _ = yield growing, []
         logits = next_logits(policy, hidden, length, min_new_tokens)
-        rows, tokens = candidates(logits, guard.unseen, top_p, temperature)
+        rows, tokens = candidates(logits, None, top_p, temperature)
         children = [extend(policy, growing[row], token) for row, token in zip(rows.tolist(), tokens.tolist())]
-        _, hidden = yield [], children                                                  # (m, d)
-        pool = [branch for branch in frontier if branch.finished] + rewarded(children, guard.rewards(hidden))
+        _, rewards = yield [], children                                                 # (m,)
+        pool = [branch for branch in frontier if branch.finished] + rewarded(children, rewards)
         frontier = sorted(pool, key=lambda branch: -branch.reward)[:width]
         trace.append(frontier)
     return frontier[0]
@@ -367,8 +403,8 @@ def rebase(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p
             if count:
                 drawn = torch.multinomial(p[inside].cpu(), min(count, len(inside)), generator=generator)
                 children += [extend(policy, branch, token) for token in inside[drawn.to(inside.device)].tolist()]
-        _, hidden = yield [], children
-        rewarded(children, guard.rewards(hidden))
+        _, rewards = yield [], children
+        rewarded(children, rewards)
         growing = [branch for branch in children if not branch.finished]
         finished += [branch for branch in children if branch.finished]
         trace.append(finished + growing)
@@ -408,8 +444,8 @@ def deal(policy, guard, trace, *, width, max_new_tokens, min_new_tokens):
             logits = next_logits(policy, hidden, len(growing[0].tokens), min_new_tokens)
             after = {end: extend(policy, end, token) for end, token in zip(growing, logits.argmax(-1).tolist())}
             ends = [after.get(end, end) for end in ends]
-        _, hidden = yield [], ends, earlier                                             # (width, d)
-        rewarded(children, log_p[:len(children)] + DEAL_LAMBDA * guard.rewards(hidden))
+        _, rewards = yield [], ends, earlier                                            # (width,)
+        rewarded(children, log_p[:len(children)] + DEAL_LAMBDA * rewards)
         branch = max(children, key=lambda child: child.reward)
         trace.append([branch])
     return branch
@@ -451,8 +487,8 @@ def mcts(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
             leaf, branch = path[-1], path[-1].branch
             if branch.reward is None:                       # else a leaf that nothing can follow, come to once more
                 open_ended = not branch.finished and len(branch.tokens) < max_new_tokens
-                hidden, reward_hidden = yield [branch] if open_ended else [], [branch], read
-                rewarded([branch], guard.rewards(reward_hidden))
+                hidden, rewards = yield [branch] if open_ended else [], [branch], read
+                rewarded([branch], rewards)
                 read.append(branch)
                 if open_ended:
                     logits = next_logits(policy, hidden, len(branch.tokens), min_new_tokens)
@@ -468,8 +504,8 @@ def mcts(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
         read = [branch for branch in read if branch.tokens[:len(root.branch.tokens)] == root.branch.tokens]
         trace.append([root.branch])
     if root.branch.reward is None:                          # no simulation came to the last token
-        _, hidden = yield [], [root.branch]
-        rewarded([root.branch], guard.rewards(hidden))
+        _, rewards = yield [], [root.branch]
+        rewarded([root.branch], rewards)
     return root.branch
 
 
@@ -491,7 +527,7 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
     With a guard in place of the MRM it is the very same search at the price that the MRM saves: R(s·a) costs one
     call of the guard for each candidate.
     """
-    multifurcation = reward_model.kind == "mrm"
+    multifurcation = kind_of(reward_model) == "mrm"
     frontier = [Branch()]
     for length in range(max_new_tokens):
         growing = [branch for branch in frontier if not branch.finished]
@@ -499,7 +535,8 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
             break
         hidden, reward_hidden = yield growing, growing if multifurcation else []        # (n, d) each
         logits = next_logits(policy, hidden, length, min_new_tokens)                    # (n, V)
-        rows, tokens = candidates(logits, reward_model.unseen, top_p, temperature)      # (m,) each
+        unseen = reward_model.unseen if multifurcation else None
+        rows, tokens = candidates(logits, unseen, top_p, temperature)                   # (m,) each
         log_p = logits[rows, tokens] - logits.logsumexp(-1)[rows]                       # log π(a | s): (m,)
         children = [extend(policy, growing[row], token, log_p=p)
                     for row, token, p in zip(rows.tolist(), tokens.tolist(), log_p.tolist())]
@@ -507,8 +544,7 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
             # M_cons(s)_a for the candidates; of the other entries of M(s), none is needed.
             rewards = reward_model.child_rewards(reward_hidden[rows], tokens)           # (m,)
         else:
-            _, reward_hidden = yield [], children
-            rewards = reward_model.rewards(reward_hidden)                               # R(s·a): (m,)
+            _, rewards = yield [], children                                             # R(s·a): (m,)
         frontier = best([branch for branch in frontier if branch.finished], rewarded(children, rewards), width, beta)
         trace.append(frontier)
     return frontier[0]
@@ -539,11 +575,13 @@ def repeats_its_end(tokens, n=NO_REPEAT):
 def candidates(logits, unseen, top_p, temperature):
     """Which tokens may follow which of n sequences: rows (m,) and tokens (m,), by row and then most likely first. Those
     of a row are its nucleus without unseen tokens; if all of it is unseen, the most likely seen token. logits:
-    (n, V), unseen: bool (V,). Raises BadInput when there is none: an MRM that saw end-of-sequence only."""
+    (n, V), unseen: bool (V,), or None where no token is. Raises BadInput when there is none: an MRM that saw
+    end-of-sequence only."""
     rows, tokens = [], []
     for i, p in enumerate(probabilities(logits, temperature)):
         inside = nucleus(p, top_p)
-        inside = inside[~unseen[inside]]
+        if unseen is not None:
+            inside = inside[~unseen[inside]]
         if len(inside) == 0:
             seen = logits[i].masked_fill(unseen, -math.inf)
             inside = seen.argmax(keepdim=True)
@@ -580,7 +618,14 @@ def extend(policy, branch, token, log_p=0.0):
     return Branch(branch.tokens + [token], None, token in policy.config.eos_token_ids, branch, branch.log_prob + log_p)
 
 
-# name -> (search, the kind of reward model it takes)
+# name -> (search, the kind of reward model it takes). A search is known to all commands by its line here.
 SEARCHES = {"none": (none, None), "best_of_n": (best_of_n, "guard"), "beam": (beam, "guard"), "rebase": (rebase, "guard"),
             "deal": (deal, "guard"), "mcts": (mcts, "guard"), "saffron": (saffron, "mrm"),
             "saffron_guard": (saffron, "guard")}
+
+
+def describe():
+    """What the searches do, for --help: the first sentence of each docstring."""
+    sentence = lambda search: re.split(r"[.:;(]", " ".join((search.__doc__ or "").split()))[0].strip()
+    return "searches:\n" + "\n".join(f"  {name:14} {sentence(search)}{f' (asks the {kind})' if kind else ''}"
+                                     for name, (search, kind) in SEARCHES.items())

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from model import BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors, write_file
-from mrm import (MRM, Guard, LlamaGuard, add_lora, fill, guard_id, load_adapter, load_guard, partial_supervision_loss,
+from mrm import (MRM, Guard, add_lora, fill, guard_id, load_adapter, load_guard, partial_supervision_loss,
                  read_metadata, save_adapter, trained_tensors)
 from trie_cache import TrieCache
 
@@ -161,12 +161,15 @@ def mrm_loss(mrm, tokens, rows, columns, targets):
 @torch.no_grad()
 def predictions(reward_model, examples, device, size=16):
     """Each example's rewards at all of its reply tokens, by the guard or the MRM: a list of float arrays."""
-    if isinstance(reward_model, LlamaGuard):            # its suffix comes after each prefix: `size` prefixes at a time
+    if suffix := reward_model.template.suffix:          # it comes after each prefix: `size` prefixes at a time
         result = []
         for e in examples:
-            trie, beginnings = TrieCache(reward_model.llama), [e.context + e.reply[:i + 1] for i in range(len(e.reply))]
-            result.append(torch.cat([reward_model.score(trie, beginnings[i:i + size]).float().cpu()
-                                     for i in range(0, len(beginnings), size)]).numpy())
+            trie, rewards = TrieCache(reward_model.llama), []
+            for start in range(0, len(e.reply), size):
+                prefixes = [e.context + e.reply[:end] for end in range(start + 1, min(start + size, len(e.reply)) + 1)]
+                rewards.append(reward_model.rewards(trie([prefix + suffix for prefix in prefixes])).float().cpu())
+                trie.retain(prefixes)
+            result.append(torch.cat(rewards).numpy())
         return result
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].context + examples[i].reply))
     result = [None] * len(examples)

@@ -68,14 +68,17 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_unconfigure(config):
+    """The last thing printed: the points."""
     if config.getoption("--exercise") is not None and config.grades:
-        earned = {name: points * all(o == "passed" for o in outcomes) for name, (points, outcomes) in config.grades.items()}
-        terminalreporter.section(f"exercise {config.getoption('--exercise')}")
+        total = 0
+        print(f"\nexercise {config.getoption('--exercise')}")
         for name, (points, outcomes) in config.grades.items():
-            worst = next((o for o in outcomes if o != "passed"), "passed")
-            terminalreporter.line(f"{earned[name]} of {points}  {name}: {worst}")
-        terminalreporter.line(f"{sum(earned.values())} of {sum(points for points, _ in config.grades.values())} points")
+            worst = next((outcome for outcome in outcomes if outcome != "passed"), "passed")
+            earned = points if worst == "passed" else 0
+            total += earned
+            print(f"  {earned} of {points}  {name}: {worst}")
+        print(f"{total} of {sum(points for points, _ in config.grades.values())} points")
 
 
 @pytest.fixture(scope="session")

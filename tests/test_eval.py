@@ -13,18 +13,32 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from eval import HARMFUL, REFUSAL, attacked, interval, log_prob, merge_results, parse_runs, read, read_results, repeats, summarize
-from trie_cache import TrieCache, compute
+from eval import HARMFUL, REFUSAL, attacked, interval, log_probs, merge_results, parse_runs, read_results, repeats, rewards, summarize
+from model import Prompt
+from trie_cache import TrieCache
 
 
-def test_log_prob_is_that_of_the_policy(tiny_policy):
-    context, reply = [1, 2, 3], [4, 5]
-    p = lambda tokens, token: tiny_policy.logits(tiny_policy(torch.tensor([tokens]))[0, -1]).softmax(-1)[token].log()
-    expected = (p(context, 4) + p(context + [4], 5)) / 2
-    trie = TrieCache(tiny_policy)
-    path = read(trie, context, reply)
-    compute(tiny_policy, [trie])
-    assert log_prob(tiny_policy, trie, path) == pytest.approx(expected.item(), abs=1e-5)
+def test_log_probs_are_those_of_the_policy(tiny_policy):
+    """Of two replies to two prompts, and then of others: the prompts stay in the tries, and nothing else."""
+    prompts = [Prompt([1, 2, 3]), Prompt([9])]
+    contexts, tries = [p.policy_tokens(tiny_policy.template) for p in prompts], [TrieCache(tiny_policy) for _ in prompts]
+    p = lambda tokens, token: tiny_policy.logits(tiny_policy(torch.tensor([tokens]))[0, -1]).softmax(-1)[token].log().item()
+    for replies in ([[4, 5], [6]], [[4], [7, 8]]):
+        expected = [sum(p(context + reply[:i], token) for i, token in enumerate(reply)) / len(reply)
+                    for context, reply in zip(contexts, replies)]
+        assert log_probs(tiny_policy, tries, prompts, replies) == pytest.approx(expected, abs=1e-5)
+        assert [trie.used - len(trie.free) for trie in tries] == list(map(len, contexts))
+
+
+def test_a_guard_is_anything_with_score(smollm2, guard):
+    """Read side by side through tries, or asked by `score`: the same rewards."""
+    class Other:
+        def score(self, prompt, replies):
+            return guard.score(prompt, replies)
+    prompts = [smollm2.tokenizer.prompt("How are you?", "Fine"), smollm2.tokenizer.prompt("Why?")]
+    replies = [smollm2.tokenizer.encode(" and you?"), smollm2.tokenizer.encode("Because.")]
+    ours = rewards(guard, [TrieCache(guard.llama) for _ in prompts], prompts, replies)
+    assert ours == pytest.approx(rewards(Other(), [None, None], prompts, replies), abs=1e-4) and ours[0] != ours[1]
 
 
 def test_repeats():

@@ -10,11 +10,13 @@ import zipfile
 
 import pytest
 import torch
+import train_mrm
 from conftest import GOLDEN, ROOT, ask_hub
 from safetensors.torch import save_file
 
 from model import BadInput, Llama, LlamaConfig, Tokenizer, rotary_frequencies
-from mrm import LlamaGuard, load_guard, load_mrm
+from mrm import llama_guard as guard_of
+from mrm import load_guard, load_mrm
 from search import beam, saffron
 from test_data import write_dialogues
 from train_mrm import read_rewards
@@ -203,7 +205,7 @@ def test_a_published_pre_tokenizer(checkpoints):
 
 @pytest.fixture(scope="module")
 def llama_guard(checkpoints):
-    return LlamaGuard(Llama.load(checkpoints[GUARD], torch.float64))
+    return guard_of(Llama.load(checkpoints[GUARD], torch.float64))
 
 
 @pytest.fixture(scope="module")
@@ -218,18 +220,18 @@ def plain_reward(guard, sequence):
     return (logits[golden["safe"]] - logits[golden["unsafe"]]).item()
 
 
-def test_scoring_prefixes_reads_the_conversation_once(llama_guard):
+def test_scoring_prefixes_reads_the_conversation_once(llama_guard, monkeypatch):
     """n prefixes of a reply cost the conversation, the reply, and n suffixes; the suffixes' slots are given back."""
     prompt = llama_guard.llama.tokenizer.prompt("How do I tie a knot?")
     context, reply = prompt.reward_tokens(llama_guard.template), llama_guard.llama.tokenizer.encode("Take a rope, and then another")
-    suffix, n = len(llama_guard.template.suffix), len(reply)
-    trie = TrieCache(llama_guard.llama)
-    rewards = llama_guard.score(trie, [context + reply[:i + 1] for i in range(n)])
-    assert trie.computed == len(context) + n + n * suffix
-    assert trie.used - len(trie.free) == len(context) + n
-    assert rewards.tolist() == pytest.approx([plain_reward(llama_guard, context + reply[:i + 1]) for i in range(n)], abs=1e-9)
-    llama_guard.score(trie, [context + reply + [42]])
-    assert trie.computed == len(context) + n + 1 + (n + 1) * suffix
+    suffix, n, tries = len(llama_guard.template.suffix), len(reply), []
+    monkeypatch.setattr(train_mrm, "TrieCache", lambda llama: tries.append(TrieCache(llama)) or tries[-1])
+    rewards, = train_mrm.predictions(llama_guard, [train_mrm.Example("", context, reply, [0.0] * n)], "cpu", size=4)
+    expected = [plain_reward(llama_guard, context + reply[:i + 1]) for i in range(n)]
+    assert n > 4 and rewards.tolist() == pytest.approx(expected, abs=1e-5)
+    assert tries[0].computed == len(context) + n + n * suffix
+    assert tries[0].used - len(tries[0].free) <= len(context) + n
+    assert llama_guard.score(prompt, [reply, reply[:2]]).tolist() == pytest.approx([expected[-1], expected[1]], abs=1e-9)
 
 
 @pytest.mark.parametrize("search", [beam, saffron])
@@ -249,9 +251,9 @@ def test_a_search_with_llama_guard(policy, llama_guard, search):
 
 
 def test_guards_are_told_apart_by_their_path(checkpoints, policy, guard, smollm2, smollm2_folder):
-    assert isinstance(load_guard(checkpoints[GUARD], policy), LlamaGuard)
+    assert load_guard(checkpoints[GUARD], policy).template.suffix
     assert load_guard(checkpoints[GUARD], Llama.load(checkpoints[GUARD])).llama.config.name == GUARD
-    assert not isinstance(load_guard(smollm2_folder / "guard.safetensors", smollm2), LlamaGuard)
+    assert not load_guard(smollm2_folder / "guard.safetensors", smollm2).template.suffix
     with pytest.raises(BadInput, match="vocabularies"):
         load_guard(checkpoints[GUARD], smollm2)
     with pytest.raises(BadInput, match="no template 'guard'"):

@@ -11,7 +11,7 @@ from conftest import GOLDEN
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import BadInput, Template
+from model import BadInput, Prompt, Template
 from mrm import (MRM, Backbone, Guard, LoRALinear, add_lora, load_adapter, load_released_mrm, partial_supervision_loss,
                  save_adapter, trained_tensors)
 from trie_cache import TrieCache, compute
@@ -124,10 +124,11 @@ def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
 
 
 def test_one_pass_of_the_guard_scores_every_prefix(new_guard):
-    tokens = [5, 6, 7, 8, 9]
+    prompt, reply = Prompt([5, 6], [7]), [8, 9, 10]
+    tokens = prompt.reward_tokens(new_guard.template) + reply
     every = new_guard.rewards(new_guard.llama(torch.tensor([tokens]))[0])
-    each = new_guard.score(TrieCache(new_guard.llama), [tokens[:i + 1] for i in range(5)])
-    torch.testing.assert_close(every, each, atol=1e-12, rtol=0)
+    each = new_guard.score(prompt, [reply[:i] for i in range(4)])
+    torch.testing.assert_close(every[-4:], each, atol=1e-12, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -285,9 +285,8 @@ def test_a_reward_model_of_another_kind_is_refused(tiny_policy, tiny_mrm):
 def test_more_width_finds_higher_rewards(method, tiny_policy, tiny_scalar_guard):
     """Not for each prompt, but over many: a search with a budget does better than greedy decoding."""
     prompts = [Prompt([i, i + 1]) for i in range(30, 60)]
-    mean = lambda width: sum(tiny_scalar_guard.score(TrieCache(tiny_scalar_guard.llama), [
-        prompt.reward_tokens(tiny_scalar_guard.template) + r.tokens])[0].item() for prompt, r in zip(prompts, SEARCHES[method][0](
-            tiny_policy, tiny_scalar_guard, prompts, width=width, max_new_tokens=6, min_new_tokens=6))) / 30
+    mean = lambda width: sum(tiny_scalar_guard.score(prompt, [r.tokens]).item() for prompt, r in zip(prompts, SEARCHES[method][0](
+        tiny_policy, tiny_scalar_guard, prompts, width=width, max_new_tokens=6, min_new_tokens=6))) / 30
     assert mean(12) > mean(1) + 1
 
 

@@ -1,0 +1,117 @@
+"""A student copy lacks the chosen functions and nothing else; its tests fail where they should, and show no solution."""
+
+import ast
+import concurrent.futures
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_script
+
+import assign
+
+GRADED = [n for n, exercise in assign.EXERCISES.items() if exercise.functions]
+
+
+def run_tests(folder, *options):
+    """The outcome of each test of a student copy, by its name with its case, and all that was printed."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests", "-rA", "-v", "--tb=no", "-p", "no:cacheprovider", *options],
+                          cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return dict(re.findall(r"^tests/\w+\.py::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", done.stdout, re.M)), done.stdout
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """For each exercise, the results of a copy that lacks it alone; for 0, those of one that lacks nothing."""
+    folder = tmp_path_factory.mktemp("copies")
+
+    def write_and_run(n):
+        assign.write_copy(folder / str(n), [n] if n else [])
+        return run_tests(folder / str(n))[0]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip([0, *GRADED], pool.map(write_and_run, [0, *GRADED])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", GRADED)
+def test_exactly_the_tests_of_a_missing_exercise_fail(copies, n):
+    """With the original body they all pass; without it they fail, and no others do: some of those cannot be run."""
+    mine = {name for name, _, _ in assign.tests_of(n)}
+    assert mine and set(copies[0].values()) == {"PASSED"} and copies[n].keys() == copies[0].keys()
+    for name, outcome in copies[n].items():
+        assert outcome == "FAILED" if name.partition("[")[0] in mine else outcome in ("PASSED", "SKIPPED"), name
+
+
+def test_every_exercise_has_tests_a_page_and_points():
+    text = assign.handout(list(assign.EXERCISES))
+    for n, exercise in assign.EXERCISES.items():
+        page = text.split(f"# Exercise {n}: ")[1].split("\n---\n")[0]
+        assert "**Read**" in page or "**Where.**" in page
+        assert 20 < len(page.splitlines()) < 60, "a page"
+        tests = list(assign.tests_of(n))
+        assert bool(tests) == bool(exercise.functions) and all(f"`{name}`" in page for name, _, _ in tests)
+        points = sum(points for _, points, _ in tests)
+        assert f"Points: {points}." in page and f"| {points} |" in text if tests else "20 points" in page
+    assert len(GRADED) >= 8 and len(assign.EXERCISES) > len(GRADED)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A copy with all exercises."""
+    folder = tmp_path_factory.mktemp("student") / "copy"
+    status, out, err = run_script("tests/assign.py", "--out", folder)
+    assert (status, err) == (0, "") and "HANDOUT.md" in out
+    return folder
+
+
+def body_of(path, name):
+    return assign.find(ast.parse(path.read_text()), name)
+
+
+def test_a_copy_keeps_signatures_and_docstrings_and_shows_no_solution(student):
+    names = {str(path.relative_to(student)) for path in student.rglob("*")}
+    assert not any(name.startswith((".git/", ".ci")) or name == ".git" or "assign" in name for name in names)
+    everything = "\n".join(path.read_text() for path in student.rglob("*.py"))
+    for n in GRADED:
+        for function in assign.EXERCISES[n].functions + assign.EXERCISES[n].shown_by:
+            file, name = function.split(":")
+            ours, theirs = body_of(ROOT / file, name), body_of(student / file, name)
+            assert ast.unparse(ours.args) == ast.unparse(theirs.args) and ast.get_docstring(ours) == ast.get_docstring(theirs)
+            assert [ast.unparse(d) for d in ours.decorator_list] == [ast.unparse(d) for d in theirs.decorator_list]
+            raised = theirs.body[-1]
+            assert isinstance(raised, ast.Raise) and f"exercise {n}: " in ast.unparse(raised)
+            assert len(theirs.body) == 1 + (ast.get_docstring(ours) is not None)
+            lines = [line.strip() for line in ast.unparse(ours.body[-1]).splitlines()]
+            assert "\n".join(lines) not in everything or len(lines[-1]) < 20, f"{name} can be read somewhere"
+    for file in ("model.py", "search.py", "trie_cache.py", "mrm.py"):       # and all else is as it was
+        blanked = {f.split(":")[1] for e in assign.EXERCISES.values() for f in e.functions if f.startswith(file)}
+        source = (ROOT / file).read_text()
+        for name in blanked:
+            source = assign.blank(source, name, "x")
+        assert re.sub(r'exercise \d+: [^"]*', "x", (student / file).read_text()) == source
+
+
+def test_unmarked_tests_are_left_out(student):
+    text = "".join(path.read_text() for path in student.glob("tests/test_*.py"))
+    tests = set(re.findall(r"^def (test_\w+)", text, re.M))
+    assert tests == {name for n in GRADED for name, _, _ in assign.tests_of(n)}
+    assert "plain_saffron_step" not in text
+
+
+def test_grading_prints_points_and_what_else_is_needed(student):
+    outcomes, out = run_tests(student, "--exercise", "7")
+    total = sum(points for _, points, _ in assign.tests_of(7))
+    assert out.rstrip().splitlines()[-1] == f"0 of {total} points"
+    assert "needs exercise 1" in out and set(outcomes) and all(o in ("FAILED", "SKIPPED") for o in outcomes.values())
+    assert {name.partition("[")[0] for name in outcomes} == {name for name, _, _ in assign.tests_of(7)}
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--out", "tests"], "something already"), (["--out", "LICENSE"], "something already"), ([], "--out"),
+    (["--out", "no-such", "--exercise", "99"], "99")])
+def test_bad_input(options, said):
+    status, out, err = run_script("tests/assign.py", *options)
+    assert (status, out) == (2, "") and said in err and err.count("\n") == 1
+    assert not (ROOT / "no-such").exists() and not list(ROOT.glob("*.partial"))
