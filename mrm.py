@@ -124,7 +124,7 @@ def llama_guard(llama):
 
 
 class MRM(nn.Module):
-    """M(s): the rewards of all next tokens at once (the paper, section 4.1).
+    """M(s): the rewards of all next tokens at once, the paper's multifurcation reward model.
 
     `unseen` marks V_unseen: the tokens that were not supervised, or too seldom, so that M knows nothing of them.
     (train_mrm.py never puts end-of-sequence there: a search must be able to end.)

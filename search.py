@@ -128,7 +128,7 @@ class Reader:
     def flops(self):
         """FLOPs so far without the head, where a multiply-add counts as two:
         2 · linear weights (LoRA's included) · tokens + 4 · layers · heads · head_dim · (query, key) pairs.
-        The policy's head adds 2 · d · V a call (`finish`). Of a guard's or an MRM's, no more is computed than one
+        The policy's head adds 2 · d · V a call (`measure`). Of a guard's or an MRM's, no more is computed than one
         row for each reward that is asked for: 2 · d, which is not counted.
         """
         llama, config = self.trie.model, self.trie.model.config
@@ -138,7 +138,7 @@ class Reader:
 
 
 class Scorer:
-    """The same for a guard of which no more is known than `score`: what that computes is not counted."""
+    """In a Reader's place, for a guard of which no more is known than `score`; what that computes is not counted."""
 
     trie = None
 
@@ -279,7 +279,8 @@ def side_by_side(*kinds, temperature=1.0):
                 readers, trace = [Reader(policy, prompt.policy_tokens(policy.template))], []
                 if reward_model:
                     readers.append(reward_reader(reward_model, prompt))
-                searches.append((steps(policy, reward_model, trace, **options), readers, trace))
+                tries = [reader.trie for reader in readers if reader.trie]
+                searches.append((steps(policy, reward_model, trace, **options), readers, tries, trace))
             results = lockstep(policy, getattr(reward_model, "llama", None), searches)
             return results if several else results[0]
         search.__name__, search.__doc__, search.steps = steps.__name__, steps.__doc__, steps
@@ -288,16 +289,16 @@ def side_by_side(*kinds, temperature=1.0):
 
 
 def lockstep(policy, other, searches):
-    """The Results of searches, each of which is a generator, its readers and its trace. other: the reward model's Llama, or
-    None. In a round, each goes on to the
-    next thing that it wants read; then all of that is read at once."""
+    """The Results of searches, each of which is a generator, its readers, their tries and its trace. other: the reward
+    model's Llama, or None. In a round, each goes on to the next thing that it wants read; then all of that is read at
+    once."""
     started, results, passes = time.perf_counter(), {}, [[] for _ in searches]
     shared = Backbone([policy, other]) if other and same_base(policy, other) else None
     answers = dict.fromkeys(range(len(searches)))           # what each search under way is sent next, at first None
     while answers:
         given_back = {}
         for i, answer in list(answers.items()):
-            steps, readers, trace = searches[i]
+            steps, readers, _, trace = searches[i]
             try:
                 wanted = steps.send(answer)                 # (the policy's branches, the reward model's[, to be kept])
             except StopIteration as end:
@@ -309,38 +310,35 @@ def lockstep(policy, other, searches):
                 continue
             keep = wanted[2] if len(wanted) > 2 else ()
             given_back[i] = [reader.ask(branches, keep) for reader, branches in zip(readers, wanted)][0]
-        tries = [trie for i in answers for trie in tries_of(searches[i][1])]
+        tries = [trie for i in answers for trie in searches[i][2]]
         if shared:
             compute(shared, tries)
         else:
             for llama in [policy, other]:
                 compute(llama, [trie for trie in tries if trie.model is llama])
         for i in answers:
-            _, readers, trace = searches[i]
+            _, readers, tries, trace = searches[i]
             answers[i] = [reader.answer() for reader in readers]
-            passes[i].append(ForwardPass(len(trace), sum(trie.computed for trie in tries_of(readers)),
-                                         sum(trie.cached for trie in tries_of(readers)), given_back[i]))
+            passes[i].append(ForwardPass(len(trace), sum(trie.computed for trie in tries), sum(trie.cached for trie in tries),
+                                         given_back[i]))
     return [results[i] for i in range(len(searches))]
-
-
-def tries_of(readers):
-    return [reader.trie for reader in readers if reader.trie]
 
 
 def measure(policy, readers, started):
     """The Stats of a search that is over, by what its readers have read; the first is the policy's."""
-    tries, with_tries = tries_of(readers), [reader for reader in readers if reader.trie]
+    counted = [reader for reader in readers if reader.trie]
+    total = lambda value: sum(map(value, counted))
     policy_flops = readers[0].flops + 2 * readers[0].calls * policy.config.hidden_size * policy.config.vocab_size
-    reward_flops = sum(reader.flops for reader in with_tries[1:])
+    reward_flops = sum(reader.flops for reader in counted[1:])
     return Stats(
         policy_calls=readers[0].calls,
         reward_calls=sum(reader.calls for reader in readers[1:]),
-        tokens_computed=sum(trie.computed for trie in tries),
-        tokens_cached=sum(trie.cached for trie in tries),
+        tokens_computed=total(lambda r: r.trie.computed),
+        tokens_cached=total(lambda r: r.trie.cached),
         flops=policy_flops + reward_flops, policy_flops=policy_flops, reward_flops=reward_flops,
         seconds=time.perf_counter() - started,
-        peak_kv_bytes=sum(trie.peak_slots * trie.bytes_per_slot for trie in tries),
-        unshared_kv_bytes=sum(reader.unshared_slots * reader.trie.bytes_per_slot for reader in with_tries))
+        peak_kv_bytes=total(lambda r: r.trie.peak_slots * r.trie.bytes_per_slot),
+        unshared_kv_bytes=total(lambda r: r.unshared_slots * r.trie.bytes_per_slot))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -356,8 +354,7 @@ def none(policy, reward_model, trace, *, max_new_tokens, min_new_tokens, top_p, 
 
 @side_by_side("guard")
 def best_of_n(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
-    """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply)
-    wins."""
+    """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply) wins."""
     yield from sample(policy, width, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed)
     _, rewards = yield [], trace[-1]                                                    # (width,)
     return max(rewarded(trace[-1], rewards), key=lambda branch: branch.reward)
