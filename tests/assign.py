@@ -24,7 +24,7 @@ from model import BadInput, Parser                          # noqa: E402
 
 # All that a copy has, but for the tests of exercises. Nothing else is copied: no history, no file of the lecturer's.
 COPIED = ["model.py", "trie_cache.py", "mrm.py", "search.py", "train_mrm.py", "sample.py", "eval.py", "bench.py", "page.py",
-          "page.html", "README.md", "eval.json", "eval.png", "bench.json", "bench.png", "LICENSE", "CITATION.cff",
+          "page.html", "README.md", "page.png", "eval.json", "eval.png", "bench.json", "bench.png", "LICENSE", "CITATION.cff",
           "requirements.txt", ".gitignore", "data/download.py", "data/*/prepare.py", "data/*/readme.md", "data/prompts/*.jsonl",
           "data/smollm2/guard.safetensors", "data/smollm2/judge.safetensors", "data/smollm2/mrm.safetensors",
           "tests/conftest.py", "tests/golden/*", "tests/golden/*/*"]

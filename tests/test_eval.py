@@ -204,7 +204,7 @@ def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     import bench
     import eval
-    line = {"safety": "saffron", "width": 4, "tflop": 0.1, "asr": 0.2, "judge_asr": 0.4}
+    line = {"safety": "saffron", "width": 4, "tflop": 0.1, "asr": 0.2, "judge_asr": 0.4, "guard_reward": 1.0, "judge_reward": 2.0}
     eval.plot(tmp_path / "asr.png", [line, line | {"width": 16, "tflop": 0.4, "asr": 0.1}, line | {"safety": "none"}])
     row = {"width": 4, "new": 32, "seconds": 1.0, "copies": 2.0}
     bench.plot(tmp_path / "speed.png", [row, row | {"width": 16}, row | {"new": 64}])
