@@ -30,8 +30,8 @@ def lookup(name):
 def rows(text, columns):
     """The cells of the tables in a text that have so many columns, without their heads."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    tables = [row for row in cells if len(row) == columns and not set(row[0]) <= {"-"}]
-    return [row for row in tables if row != tables[0]]
+    tables = [row for row in cells if len(row) == columns and not all(re.fullmatch("-+", cell) for cell in row)]
+    return tables[1:]
 
 
 def test_every_name_of_the_reading_order_is_there():
