@@ -157,6 +157,20 @@ def run_script(script, *args, stdin=""):
     return status, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
 
 
+def torchrun(script, *args):
+    """Start a script in two processes of its own, as the command line torchrun does: a subprocess.Popen."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *args]
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            encoding="utf-8")
+
+
+def in_two_processes(script, *args):
+    """The same to its end: (exit status, stdout, stderr)."""
+    process = torchrun(script, *args)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
 class Browser:
     """Headless Chromium, spoken to over a pipe in the DevTools protocol: one page, real mouse and keyboard events."""
 

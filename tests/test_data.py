@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMOLLM2, run_script
+from conftest import ROOT, SMOLLM2, in_two_processes, run_script
 from safetensors.torch import load_file
 
 from mrm import guard_id, read_metadata
@@ -228,7 +228,7 @@ def test_ordinary_requests(smollm2):
 
 @pytest.fixture(scope="module")
 def small_corpus(smollm2_folder, tmp_path_factory):
-    """Runs data/safety_rewards/prepare.py on a few made-up dialogues and requests: small_corpus(out, options, start)."""
+    """Runs data/safety_rewards/prepare.py on a few made-up dialogues and requests: small_corpus(out, options, run)."""
     folder = tmp_path_factory.mktemp("sources")
     write_dialogues(folder, "test", [(f"\n\nHuman: Question {i}?\n\nAssistant: Answer {i}.",) * 2 for i in range(12)])
     labels = [{"source": "advbench", "prompt": f"Request {i}", "response": "Sure, here is", "unsafe": 1} for i in range(10)]
@@ -236,12 +236,11 @@ def small_corpus(smollm2_folder, tmp_path_factory):
     labels.append({"source": "opening", "prompt": "Question?", "response": "Sure, here is", "unsafe": 0})
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
 
-    def make(out, *options, start=()):
+    def make(out, *options, run=run_script):
         out.mkdir(exist_ok=True)
-        return run_script(*start, ROOT / "data" / "safety_rewards" / "prepare.py", "--from", folder, "--labels",
-                          folder / "train.jsonl", "--out", out, "--hh_replies", 10, "--policy_batches", 2,
-                          "--refused_batches", 1, "--ordinary_batches", 1, "--synthetic", 2, "--max_reply", 7, "--shards", 3,
-                          *options)
+        return run(ROOT / "data" / "safety_rewards" / "prepare.py", "--from", folder, "--labels", folder / "train.jsonl",
+                   "--out", out, "--hh_replies", 10, "--policy_batches", 2, "--refused_batches", 1, "--ordinary_batches", 1,
+                   "--synthetic", 2, "--max_reply", 7, "--shards", 3, *options)
     return make
 
 
@@ -256,7 +255,7 @@ def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_
     one, two = tmp_path / "one", tmp_path / "two"
     status, log, error = small_corpus(one)
     assert status == 0, error
-    assert small_corpus(two, start=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))[0] == 0
+    assert small_corpus(two, run=in_two_processes)[0] == 0
     assert set(contents(one)) == {f"corpus-0{k}-of-03.safetensors" for k in range(3)}
     both = [training + held_out for training, held_out in (read_rewards(one, smollm2), read_rewards(two, smollm2))]
     assert [len(examples) for examples in both] == [10 + 4 * 32] * 2

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, in_two_processes, run_script
 
 from eval import HARMFUL, REFUSAL, attacked, interval, log_probs, merge_results, parse_runs, read_results, repeats, rewards, summarize
 from model import Prompt
@@ -146,8 +146,7 @@ def test_two_processes_give_the_results_of_one(tmp_path, judge):
     one = read_results(tmp_path / "one")
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "results-1.jsonl").write_text(json.dumps(one[1] | {"text": "from before"}) + "\n" + '{"row": 3, "sa')
-    status, out, error = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "eval.py", *options,
-                                    "--out", tmp_path / "two")
+    status, out, error = in_two_processes("eval.py", *options, "--out", tmp_path / "two")
     assert status == 0 and out == (tmp_path / "two" / "table.md").read_text(), error
     assert {p.name for p in (tmp_path / "two").iterdir()} == {"arguments.json", "results.jsonl", "summary.json", "table.md"}
     two = read_results(tmp_path / "two")

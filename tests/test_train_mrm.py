@@ -5,18 +5,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, run_script
+from conftest import GOLDEN, run_script, torchrun
 from safetensors.torch import load_file, save_file
 
 import train_mrm
-from model import BadInput, Llama
+from model import BadInput, Llama, Template
 from train_mrm import (Example, auc, batches, collate, guard_loss, mrm_loss, predictions, read_labels, read_rewards,
                        weigh)
 
@@ -151,12 +150,6 @@ def test_shards_are_read_as_one_corpus_or_not_at_all(rewards, base, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 # several processes
 
-def torchrun(*args):
-    """Start a script in two processes, as the command line torchrun does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def loss_curve(log):
     return [float(line.split("loss ")[1].split(",")[0]) for line in log.splitlines() if "loss " in line]
 
@@ -284,7 +277,7 @@ def test_padding_changes_no_loss(kind, tiny_guard, tiny_mrm):
 
 def test_predictions_come_in_the_order_of_the_examples(tiny_guard):
     from mrm import Guard
-    guard = Guard(tiny_guard, None)
+    guard = Guard(tiny_guard, Template([0], [5]))
     torch.nn.init.normal_(guard.head.weight)
     data = [Example("s", [0, 5], list(range(60, 60 + n)), [0.0] * n) for n in (9, 2, 7, 4)]
     for example, values in zip(data, predictions(guard, data, "cpu", size=3)):
