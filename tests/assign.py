@@ -136,7 +136,8 @@ for any number of leading dimensions. Question to answer in a sentence: why must
 Equal scores: in the order of C, which is frontier order, then the policy's. With beta > 0, of C those come first into
 question that do not repeat themselves (`repeats_its_end`); only if all do, all are. The search ends after max_new_tokens
 steps, or when all are finished; the reply is the first of the last frontier. Append each frontier to `trace`. With a
-guard as `reward_model` (kind "guard"), which predicts nothing, the children themselves are read: yield [], children.
+guard as `reward_model` (`kind_of` tells), which predicts nothing, no token is unseen and the guard reads the children themselves:
+`_, rewards = yield [], children`.
 (`reference` in bench.py, a second version of the search, is blank in this copy too; you need not write it.)"""
              , ["bench.py:reference"]),
     8: Exercise("reward-balanced search", "hard", ["search.py:rebase", "search.py:shares"], """
