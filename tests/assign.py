@@ -14,6 +14,7 @@ those of its tests, which carry the mark exercise(N, points=P).
 import ast
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -280,22 +281,22 @@ def write_copy(out, numbers):
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"--out {out}: there is something already; expected a name that is free, or an empty folder")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for pattern in COPIED:
-        for path in filter(Path.is_file, ROOT.glob(pattern)):
-            (partial / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, partial / path.relative_to(ROOT))
-    for path in TESTS:
-        (partial / path).write_text(exercise_tests((ROOT / path).read_text(encoding="utf-8")), encoding="utf-8")
-    for n in numbers:
-        for file, name in (function.split(":") for function in EXERCISES[n].functions + EXERCISES[n].shown_by):
-            path = partial / file
-            path.write_text(blank(path.read_text(encoding="utf-8"), name, f"exercise {n}: {EXERCISES[n].title}"), encoding="utf-8")
-    (partial / "HANDOUT.md").write_text(handout(numbers), encoding="utf-8")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
+        copy = Path(folder) / "copy"
+        for pattern in COPIED:
+            for path in filter(Path.is_file, ROOT.glob(pattern)):
+                (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy / path.relative_to(ROOT))
+        for path in TESTS:
+            (copy / path).write_text(exercise_tests((ROOT / path).read_text(encoding="utf-8")), encoding="utf-8")
+        for n in numbers:
+            for file, name in (function.split(":") for function in EXERCISES[n].functions + EXERCISES[n].shown_by):
+                source = (copy / file).read_text(encoding="utf-8")
+                (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}"), encoding="utf-8")
+        (copy / "HANDOUT.md").write_text(handout(numbers), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        copy.rename(out)
 
 
 def main():
