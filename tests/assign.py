@@ -281,6 +281,8 @@ def write_copy(out, numbers):
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"--out {out}: there is something already; expected a name that is free, or an empty folder")
+    if not out.resolve().parent.is_dir():
+        raise BadInput(f"--out {out}: there is no folder {out.resolve().parent}")
     with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
         copy = Path(folder) / "copy"
         for pattern in COPIED:

@@ -108,7 +108,7 @@ def test_grading_prints_points_and_what_else_is_needed(student):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--out", "tests"], "something already"), (["--out", "LICENSE"], "something already"), ([], "--out"),
+    (["--out", "tests"], "something already"), (["--out", "LICENSE"], "something already"), ([], "--out"), (["--out", "no-such/copy"], "there is no folder"),
     (["--out", "no-such", "--exercise", "99"], "99")])
 def test_bad_input(options, said):
     status, out, err = run_script("tests/assign.py", *options)
