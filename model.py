@@ -231,7 +231,8 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Apply RoPE: dimensions i and i + head_dim/2 of each head are one pair, turned by the token's angle."""
+    """Apply RoPE: dimensions i and i + head_dim/2 of each head are one pair, turned by the token's angle. x: (...,
+    head_dim); cos and sin: of shapes that broadcast to (..., head_dim/2)."""
     a, b = x.chunk(2, dim=-1)                                                   # (B, heads, T, head_dim/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 

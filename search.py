@@ -230,7 +230,7 @@ def nucleus(p, top_p):
     by id. p: probabilities (V,).
 
     Sorting 50,000 numbers to find a handful is slow: the largest few are looked at first, and more of them only
-    while they do not hold enough mass. All tokens as likely as the last of them come along, so ties are complete.
+    while they do not hold enough mass. All tokens as likely as the last of them are sorted too, so that ties go by id.
     """
     k = 64
     while k < len(p):
@@ -337,7 +337,7 @@ def measure(policy, readers, started):
         tokens_cached=total(lambda r: r.trie.cached),
         flops=policy_flops + reward_flops, policy_flops=policy_flops, reward_flops=reward_flops,
         seconds=time.perf_counter() - started,
-        peak_kv_bytes=total(lambda r: r.trie.peak_slots * r.trie.bytes_per_slot),
+        peak_kv_bytes=total(lambda r: r.trie.used * r.trie.bytes_per_slot),
         unshared_kv_bytes=total(lambda r: r.unshared_slots * r.trie.bytes_per_slot))
 
 

@@ -52,17 +52,17 @@ class TrieCache:
 
     `computed` counts tokens that went through the model, `cached` all others of the requested sequences (computed
     before, or for another sequence of the same call), `attended` the keys on the paths of computed tokens, themselves
-    included (masked ones do not count), `peak_slots` the most slots in use.
+    included (masked ones do not count).
     """
 
     def __init__(self, model, capacity=256):
         self.model = model
         self.root = TrieNode(None, None, None)  # the empty prefix: no token, no slot
         self.waiting = []                       # nodes that no forward pass has read yet
-        self.leaves = set()                     # nodes without children
+        self.leaves = set()                     # nodes without children, but the root
         self.slots = self.mask = None           # of the pass under way: where keys are written, who looks where
-        self.free, self.used = [], 0            # slots given back (a heap), and how many were ever handed out
-        self.computed = self.cached = self.attended = self.peak_slots = 0
+        self.free, self.used = [], 0            # slots given back (a heap), and the most that were in use at once
+        self.computed = self.cached = self.attended = 0
         config = model.config
         like = dict(dtype=model.dtype, device=model.device)
         self.arena = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, capacity, config.head_dim,
@@ -125,7 +125,6 @@ class TrieCache:
                 self.arena = torch.cat((self.arena, torch.zeros_like(self.arena)), dim=3)
                 self.hidden = torch.cat((self.hidden, torch.zeros_like(self.hidden)), dim=0)
                 self.visible = np.pad(self.visible, (0, slot))
-        self.peak_slots = max(self.peak_slots, self.used - len(self.free))
         return slot
 
     def retain(self, sequences):

@@ -56,7 +56,7 @@ context, and with s_i = (t_i − low_freq_factor) / (high_freq_factor − low_fr
 
     f_i <- s_i f_i + (1 − s_i) f_i / factor
 
-so that fast pairs stay and slow ones are stretched. `config.rope_scaling` is None or a dict with those four keys."""),
+so that fast pairs stay and slow ones are stretched. `config.rope_scaling` is None or a dict that has these four keys."""),
     2: Exercise("grouped-query attention under a tree mask", "medium", ["trie_cache.py:TrieCache.attend"], """
 **Read** trie_cache.py, `Attention` in model.py, and the documentation of torch's `scaled_dot_product_attention`; Ainslie
 et al. 2023 ([arXiv 2305.13245](https://arxiv.org/abs/2305.13245)), section 2.2.
@@ -68,8 +68,7 @@ slots; `self.slots` (n,) says where the new tokens' keys and values belong, and 
     y = softmax(q Kᵀ / sqrt(head_dim) + mask) V           for each head
 
 Query heads are more than key heads: with 6 and 2, heads 0, 1, 2 use keys and values 0, the others 1. A path's keys may
-lie in any order of slots, because their positions were rotated into them."""
-             , ["bench.py:CopyCache.attend"]),
+lie in any order of slots, because their positions were rotated into them.""", ["bench.py:CopyCache.attend"]),
     3: Exercise("trie lookup and slots", "medium",
                 ["trie_cache.py:TrieCache.insert", "trie_cache.py:TrieCache.take_slot", "trie_cache.py:TrieCache.keep"], """
 **Read** trie_cache.py, first its docstring; in the paper, the section on the trie-based cache.
@@ -79,15 +78,15 @@ lie in any order of slots, because their positions were rotated into them."""
 - `root.children` spells all that is stored: a node's `children` maps a token to the node after it. A prefix has one node
   (`TrieNode(token, slot, parent)` knows its depth), and each node but the root one slot, which no other node has.
 - `visible[i, j]` is true exactly if slot j belongs to slot i's node or to one above it. (A row is its parent's row and
-  one bit more; the slot may have belonged to another node before.)
+  one bit more; its slot may have belonged to another node before. Rows of free slots do not matter.)
 - New nodes stand in `waiting`, parents first, until `compute` has read them. `leaves` is the set of all nodes but the
   root without children.
-- `free` is a heap of the slots given back, `used` how many were ever handed out. The lowest free slot is taken first; when
-  there is none, the next unused one, and if that is beyond the end of the tensors, `arena` (dimension 3), `hidden` (0) and `visible` (both)
-  double. `peak_slots` is the most that were in use at once.
-- `insert` adds to `cached` the tokens of the path from the root to the node that were there already.
+- `free` is a heap (heapq) of the slots given back, `used` how many were ever handed out. The lowest free slot is taken
+  first; when there is none, the next unused one, and if that is beyond the end of the tensors, `arena` (dimension 3), `hidden`
+  (0) and `visible` (both) double.
+- `insert` adds to `cached` the tokens of the whole path, from the root to the node, that were there already.
 - `keep(nodes)` removes from each leaf upwards what is neither one of these nodes nor above one. Whoever still holds a
-  removed node sees `node.slot is None`."""),
+  removed node sees `node.slot is None`. (That no node may be waiting is a precondition: an assertion is enough.)"""),
     4: Exercise("nucleus candidates", "medium", ["search.py:nucleus", "search.py:candidates"], """
 **Read** the sections "distributions" and "the searches" of search.py; Holtzman et al. 2020 ([arXiv
 1904.09751](https://arxiv.org/abs/1904.09751)), section 3.1; in the paper, the search algorithm.
@@ -98,9 +97,9 @@ lie in any order of slots, because their positions were rotated into them."""
 
 A token of probability 0 never is. (It is called on every row of every step, on a vocabulary of 50,000: a full sort is right, but
 slow. The original looks at the 64 largest first; then mind the ties.) Candidates of a sequence are the
-tokens of its nucleus that are not in V_unseen; if none is left, the most likely seen token; if there is none that has a
-probability, BadInput ("the reward model has not seen any token that could come next ..."). `probabilities` gives p from
-scores; at temperature 0 all of it is on one token."""),
+tokens of its nucleus that are not in V_unseen (which is None where no token is unseen); if none is left, the seen token with
+the highest score in `logits`, also at temperature 0; if all seen ones have the score −∞, BadInput ("the reward model has not
+seen any token that could come next ..."). `probabilities` gives p from scores; sums are in p's own precision."""),
     5: Exercise("partial-supervision loss", "easy", ["mrm.py:partial_supervision_loss", "mrm.py:MRM.child_rewards"], """
 **Read** the first half of mrm.py; in the paper, the section on partial supervision.
 
@@ -138,9 +137,7 @@ Equal scores: in the order of C, which is frontier order, then the policy's. Wit
 question that do not repeat themselves (`repeats_its_end`); only if all do, all are. The search ends after max_new_tokens
 steps, or when all are finished; the reply is the first of the last frontier. Append each frontier to `trace`. With a
 guard as `reward_model` (`kind_of` tells), which predicts nothing, no token is unseen and the guard reads the children themselves:
-`_, rewards = yield [], children`.
-(`reference` in bench.py, a second version of the search, is blank in this copy too; you need not write it.)"""
-             , ["bench.py:reference"]),
+`_, rewards = yield [], children`.""", ["bench.py:reference"]),
     8: Exercise("reward-balanced search", "hard", ["search.py:rebase", "search.py:shares"], """
 **Read** `beam` and `best_of_n` in search.py; Wu et al. 2024 ([arXiv 2408.00724](https://arxiv.org/abs/2408.00724)), section 3.
 
@@ -249,7 +246,9 @@ def handout(numbers):
     pages = ["""# Exercises
 
 Each exercise leaves some functions of this repository to you: their bodies are `raise NotImplementedError`, signature and
-docstring say what they must do. Change these bodies, and nothing else. To grade exercise N:
+docstring say what they must do. Change these bodies, and nothing else. "The paper" is Qiu et al. 2025, "Saffron-1"
+([arXiv 2506.06444](https://arxiv.org/abs/2506.06444)). (README.md names some tests that are not in this copy.) To grade
+exercise N:
 
     pip install -r requirements.txt
     python -m pytest tests --exercise N
@@ -268,6 +267,8 @@ skipped and says which. Work in the order of the numbers, or ask for a copy with
         if exercise.functions:
             names = ", ".join("`{1}` in {0}".format(*function.split(":")) for function in exercise.functions)
             page += f" Points: {sum(points for _, points, _ in tests)}. To write: {names}."
+        for file, name in (function.split(":") for function in exercise.shown_by):
+            page += f" (`{name}` in {file} is blank in this copy too, since it would show how. You need not write it.)"
         page += "\n" + exercise.text + "\n"
         if tests:
             page += "\n**What the tests check**\n\n" + "".join(

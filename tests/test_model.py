@@ -76,7 +76,7 @@ def test_rope_turns_pairs_and_keeps_lengths():
 @pytest.mark.exercise(1, points=2)
 def test_rope_frequencies():
     """From one radian a position down to nearly 1 / rope_theta, by equal ratios. Llama 3 leaves the fast ones as they are,
-    and makes the slow ones slower by its factor."""
+    makes the slow ones slower by its factor, and blends both in between, linearly in the number of turns."""
     config = LlamaConfig.load(GOLDEN / "tiny_guard")
     plain = rotary_frequencies(replace(config, rope_scaling=None))
     assert plain.dtype == torch.float64 and plain.shape == (config.head_dim // 2,) and plain[0] == 1
@@ -88,8 +88,9 @@ def test_rope_frequencies():
     turns = 64 * plain / (2 * math.pi)                  # full turns within the first context
     torch.testing.assert_close(scaled[turns > 4], plain[turns > 4])
     torch.testing.assert_close(scaled[turns < 1], plain[turns < 1] / 4)
-    between = (turns > 1) & (turns < 4)
-    assert between.any() and (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 4).all()
+    halfway = 2.5 * 2 * math.pi / plain[3].item()       # with this context, pair 3 turns 2.5 times: half of each
+    scaled = rotary_frequencies(replace(config, rope_scaling=s | {"original_max_position_embeddings": halfway}))
+    torch.testing.assert_close(scaled[3], (plain[3] + plain[3] / 4) / 2)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])

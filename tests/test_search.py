@@ -112,6 +112,13 @@ def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, t
     assert all(set(b.tokens) <= {20, 300} and b.reward > -math.inf for frontier in result.trace for b in frontier)
 
 
+@pytest.mark.exercise(4, points=1)
+def test_a_nucleus_ends_when_its_mass_reaches_top_p():
+    """The mass before a token must be *below* top_p. These sums are exact."""
+    p = torch.tensor([0.25, 0.5, 0.125, 0.125])
+    assert [nucleus(p, top_p).tolist() for top_p in (0.5, 0.51, 0.75, 0.76)] == [[1], [1, 0], [1, 0], [1, 0, 2]]
+
+
 @pytest.mark.exercise(4, points=2)
 def test_candidates_of_an_unseen_nucleus():
     """Of two sequences: the first one's nucleus is unseen at top_p 0.9, the second one's is not."""
@@ -121,6 +128,7 @@ def test_candidates_of_an_unseen_nucleus():
     assert of(0.9, 1.0) == [[0, 1], [3, 2]]                                         # the most likely seen one
     assert of(0.9, 0.0) == [[0, 1], [3, 2]]                                         # also when the policy is greedy
     assert of(1.0, 1.0) == [[0, 0, 1, 1], [3, 2, 2, 3]]                             # most likely first
+    assert of(1.0, 0.0) == [[0, 1], [3, 2]]
     with pytest.raises(BadInput, match="has not seen any token"):
         candidates(logits.index_fill(1, torch.tensor([2, 3]), -math.inf), unseen, 0.9, 1.0)
 
@@ -139,6 +147,8 @@ def test_a_nucleus_is_the_smallest_set_of_most_likely_tokens(seed):
         mass = p[inside].sum()
         assert mass >= top_p - 1e-9 and mass - p[inside[-1]] < top_p + 1e-9
         assert not outside.any() or p[inside].min() >= p[outside].max()
+        last = inside[p[inside] == p[inside].min()].max()                           # of tokens as likely as the last,
+        assert not (outside & (p == p[last]))[:last].any()                          # those with the lowest ids are inside
         keys = [(-x, i) for x, i in zip(p[inside].tolist(), inside.tolist())]
         assert keys == sorted(keys)
 

@@ -1,5 +1,6 @@
 """The trie computes each distinct prefix once, gives the same numbers as no cache at all, and forgets on demand."""
 
+import math
 import random
 
 import pytest
@@ -17,7 +18,7 @@ def without_cache(model, sequence):
     return model(torch.tensor([sequence]))[0, -1]
 
 
-@pytest.mark.exercise(2, points=2)
+@pytest.mark.exercise(3, points=2)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_trees(tiny_guard, seed):
     """A random search: grow branches, ask again, forget most. Capacity 4 makes the arena double several times."""
@@ -37,7 +38,7 @@ def test_random_trees(tiny_guard, seed):
             trie.retain(kept)
             known = prefixes(kept)
             assert trie.used - len(trie.free) == len(known)         # slots in use: the kept prefixes, no more
-    assert trie.arena.shape[3] >= 8 and trie.peak_slots <= trie.used
+    assert trie.arena.shape[3] >= 8
 
 
 @pytest.mark.exercise(3, points=1)
@@ -73,7 +74,18 @@ def test_a_prefix_has_one_node_and_each_node_one_slot(tiny_guard):
     assert sorted(slots.values()) == list(range(6)) and trie.used == 6      # of 10 tokens, 6 are different prefixes
     assert trie.cached == 0 + 2 + 2 + 0                                     # the rest were there
     assert trie.insert(nodes[0].parent, [4]) is nodes[1].parent and trie.insert(nodes[3], []) is nodes[3]
-    assert len(trie.hidden) >= 6 and trie.arena.shape[3] == len(trie.hidden) == len(trie.visible)
+    assert trie.cached == 4 + 3 + 1
+
+
+@pytest.mark.exercise(3, points=1)
+def test_the_tensors_double_and_keep_what_is_in_them(tiny_guard):
+    trie, _ = grown(tiny_guard, [[1, 2]], capacity=2)
+    trie.arena.fill_(1.0), trie.hidden.fill_(1.0)
+    trie.insert(trie.root, [3])
+    assert trie.arena.shape[3] == len(trie.hidden) == 4 and trie.visible.shape == (4, 4)
+    for tensor in (trie.arena.movedim(3, 0), trie.hidden):
+        assert (tensor[:2] == 1).all() and (tensor[2:] == 0).all()
+    assert trie.visible.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
 
 
 def ancestors(node):
@@ -97,14 +109,30 @@ def test_slots_are_given_back_and_used_again(tiny_guard):
     trie, (_, leaf) = grown(tiny_guard, [[1, 2, 3, 4], [1, 2, 5, 6]])
     lost = trie.root.children[1].children[2].children[3]
     trie.keep({leaf.parent})
-    assert sorted(trie.free) == [2, 3, 5] and lost.slot is None and leaf.slot is None
+    assert sorted(trie.free) == [2, 3, 5] and lost.slot is None and leaf.slot is None and trie.leaves == {leaf.parent}
     node = trie.insert(leaf.parent, [7, 8])
     assert trie.free == [5] and trie.used == 6 and path(node) == ([1, 2, 5, 7, 8], [0, 1, 4, 2, 3])
-    assert trie.visible[3].nonzero()[0].tolist() == [0, 1, 2, 3, 4]          # nothing is left of what was there before
-    assert trie.peak_slots == 6
+    assert trie.leaves == {node}
     trie.waiting.clear()
     trie.keep(set())
-    assert len(trie.free) == trie.used and not trie.root.children
+    assert len(trie.free) == trie.used and not trie.root.children and not trie.leaves
+
+
+@pytest.mark.exercise(3, points=1)
+def test_a_slot_that_is_used_again_sees_nothing_of_what_it_saw_before(tiny_guard):
+    trie, (_, kept) = grown(tiny_guard, [[1, 2, 3, 4], [5]])
+    trie.keep({kept})
+    children = [trie.insert(kept, [token]) for token in (6, 7, 8, 9)]
+    assert [child.slot for child in children] == [0, 1, 2, 3]
+    assert [trie.visible[child.slot].nonzero()[0].tolist() for child in children] == [[0, 4], [1, 4], [2, 4], [3, 4]]
+
+
+@pytest.mark.exercise(3, points=1)
+def test_the_lowest_free_slot_is_taken_first(tiny_guard):
+    """Of any heap of them."""
+    trie, nodes = grown(tiny_guard, [[token] for token in range(8)])
+    trie.free = [0, 5, 1, 6, 7, 2]
+    assert [trie.insert(nodes[3], [token]).slot for token in range(7)] == [0, 1, 2, 5, 6, 7, 8]
 
 
 def attended(trie, q, k, v, slots, sees):
@@ -124,11 +152,11 @@ def qkv(tiny_guard):
     return draw(config.num_attention_heads), draw(config.num_key_value_heads), draw(config.num_key_value_heads)
 
 
-@pytest.mark.exercise(2, points=1)
+@pytest.mark.exercise(2, points=2)
 def test_a_token_that_sees_one_slot_gets_its_value(tiny_guard, qkv):
     """Each head that of its group: of 6 heads, the first three share keys and values, and the last three."""
-    trie, _ = grown(tiny_guard, [[1, 2, 3]])
-    q, k, v = qkv
+    trie, (q, k, v) = TrieCache(tiny_guard), qkv
+    trie.used = 3
     out = attended(trie, q, k, v, [2, 0], [[2], [0]])
     assert out.shape == q.shape
     for head in range(len(q)):
@@ -137,20 +165,20 @@ def test_a_token_that_sees_one_slot_gets_its_value(tiny_guard, qkv):
     assert trie.arena[1:].abs().sum() == 0 and trie.arena[0, :, :, 1].abs().sum() == 0      # and nothing else
 
 
-@pytest.mark.exercise(2, points=2)
+@pytest.mark.exercise(2, points=3)
 def test_attention_looks_at_visible_slots_only_by_softmax_of_scaled_products(tiny_guard, qkv):
-    trie, _ = grown(tiny_guard, [[1, 2, 3, 4]])
-    q, k, v = qkv
-    trie.arena[0, :, :, :2] = torch.randn(trie.arena[0, :, :, :2].shape, dtype=torch.float64)
+    trie, (q, k, v) = TrieCache(tiny_guard), qkv
+    trie.used = 4
+    trie.arena[0, 0, :, :2], trie.arena[0, 1, :, :2] = 2 * v, 3 * k         # as if two tokens had been there before
     first = attended(trie, q, k, v, [2, 3], [[0, 2], [0, 2, 3]])
     trie.arena[0, :, :, 1] = 1e3                                             # a slot that nobody sees
     torch.testing.assert_close(attended(trie, q, k, v, [2, 3], [[0, 2], [0, 2, 3]]), first)
     trie.arena[0, 0, :, 0] = k[:, 0]                                         # equal keys: the mean of the values
     mean = (trie.arena[0, 1, :, 0] + v[:, 0]) / 2
     torch.testing.assert_close(attended(trie, q, k, v, [2, 3], [[0, 2], [3]])[0, 0], mean[0])
-    # One product larger by log 3, after the division by sqrt(head_dim), weighs three times as much.
-    unit = q[:, :1] / q[:, :1].square().sum(-1, keepdim=True) * q.shape[-1] ** 0.5
-    k = unit[::len(q) // len(k)] * torch.tensor([0.0, 3.0]).log1p()[None, :, None] / torch.tensor(4.0).log() * torch.tensor(3.0).log()
+    # Keys whose products with the first head's query are 0 and log 3, after the division by sqrt(head_dim): weights 1 : 3.
+    toward = q[:1, :1] / q[:1, :1].square().sum() * q.shape[-1] ** 0.5                       # (1, 1, head_dim): product 1
+    k = (toward * torch.tensor([0.0, math.log(3)], dtype=torch.float64)[:, None]).expand_as(k)
     out = attended(trie, q[:, :1].expand_as(q), k, v, [2, 3], [[2, 3], [2, 3]])
     torch.testing.assert_close(out[0, 0], (v[0, 0] + 3 * v[0, 1]) / 4)
 
