@@ -81,6 +81,25 @@ def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt, beta):
 
 
 @pytest.mark.exercise(7, points=2)
+def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_mrm):
+    """log π of all its tokens, by the policy without cache; with a large beta it decides alone."""
+    prompt, options = Prompt([1, 2, 3]), dict(max_new_tokens=5, min_new_tokens=5, top_p=0.9)
+    result = saffron(tiny_policy, tiny_mrm, prompt, width=4, beta=0.5, **options)
+    for branch in result.trace[-1]:
+        logits = tiny_policy.logits(tiny_policy(torch.tensor([prompt.policy_tokens(tiny_policy.template) + branch.tokens]))[0])
+        logits[:, 7] = -math.inf                                                    # no end before min_new_tokens
+        logs = logits[-6:-1].log_softmax(-1)
+        assert branch.log_prob == pytest.approx(sum(logs[i, token].item() for i, token in enumerate(branch.tokens)), abs=1e-9)
+    for frontier in result.trace:
+        scores = [branch.reward + 0.5 * branch.log_prob for branch in frontier]
+        assert scores == sorted(scores, reverse=True)
+    assert any([b.reward for b in f] != sorted((b.reward for b in f), reverse=True) for f in result.trace)
+    anything = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)                   # of which no token is unseen
+    assert saffron(tiny_policy, anything, prompt, width=1, beta=100.0, **options).tokens == none(
+        tiny_policy, None, prompt, **options).tokens
+
+
+@pytest.mark.exercise(7, points=2)
 def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
     """Of a few tokens that each reply must use again and again, no four in a row come twice; without beta they do."""
     few = copy.deepcopy(tiny_mrm)
@@ -444,6 +463,12 @@ def test_rebase_shares_its_expansions_by_reward(plain, seed):
         growing = [(b.tokens, b.reward) for b in new if not b.finished]
     assert (result.tokens, result.reward) == max(finished or growing, key=lambda x: x[1])
     assert result.stats.reward_calls == plain.calls
+
+
+@pytest.mark.exercise(8, points=1)
+def test_another_seed_makes_rebase_draw_others(plain):
+    assert found("rebase", plain, 3, seed=5).tokens == found("rebase", plain, 3, seed=5).tokens
+    assert len({tuple(found("rebase", plain, 3, seed=seed).tokens) for seed in range(5)}) > 1
 
 
 @pytest.mark.parametrize("width", [1, 3])
