@@ -2,11 +2,12 @@
 The search as a page that one can look at: what `python sample.py --html tree.html` writes.
 
 A tree has a node for each prefix that ever stood in a frontier of the search's trace, and node 0 for the prompt. To
-each belong the policy's and the MRM's favourite next tokens, for which both read the finished tree once more, in one
-forward pass each. page.html draws it; the file written is page.html with the trees in it, and needs nothing else.
+each belong the policy's and the MRM's favourite next tokens, for which both read the finished tree once
+more. page.html draws it; the file written is page.html with the trees in it, and needs nothing else.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from trie_cache import TrieCache, compute
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 FAVOURITES = 5
+TOKENS = 512                # so many are read in one forward pass: its mask has a row for each
 ROWS = 64                   # so many rows of the vocabulary's size are held at once
 
 
@@ -27,7 +29,7 @@ def tree(result, prompt, policy, mrm):
     first, last     the steps (frontiers of the trace, counted from 1) from and to which the prefix was part of one
     given_back      the step in which the policy's trie gave back its slot, or None
     reward          M(s)_a of the node's token a after its parent's prefix s, whichever search it was
-    found           the reward that the search itself used, or None
+    found           the reward that the search itself used, or None (also where it is not finite)
     p               π(a | s), at temperature 1
     policy, mrm     the favourite next tokens: [[token, π], ...] and [[token, M], ...], V_unseen included
     """
@@ -56,7 +58,7 @@ def tree(result, prompt, policy, mrm):
                 given_back[node] = one.step + 1
     columns = favourites(parent, token, prompt, policy, mrm)
     return {"parent": parent, "token": token, "first": first, "last": last, "given_back": given_back,
-            "found": [None if r is None else round(r, 2) for r in found], "reply": node_of(result.tokens), **columns,
+            "found": [round(r, 2) if r is not None and math.isfinite(r) else None for r in found], "reply": node_of(result.tokens), **columns,
             "costs": costs(result)}
 
 
@@ -68,6 +70,8 @@ def favourites(parent, token, prompt, policy, mrm):
         nodes = [trie.insert(trie.root, context)]
         for i, a in zip(parent[1:], token[1:]):
             nodes.append(trie.insert(nodes[i], [a]))
+            if len(trie.waiting) >= TOKENS:
+                compute(llama, [trie])
         compute(llama, [trie])
         hidden.append(trie.states(nodes))                       # (nodes, d)
     columns = {"reward": [0.0] * len(parent), "p": [1.0] * len(parent), "policy": [], "mrm": []}

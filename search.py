@@ -273,7 +273,8 @@ def side_by_side(*kinds, temperature=1.0):
             options = dict(width=width, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, top_p=top_p,
                            temperature=temperature, beta=beta, seed=seed)
             check_options(**options)
-            options, several, searches = {key: options[key] for key in options if key in named}, isinstance(prompts, list), []
+            options = {key: value for key, value in options.items() if key in named}
+            several, searches = isinstance(prompts, list), []
             for prompt in prompts if several else [prompts]:
                 check_prompt(policy, reward_model, prompt, max_new_tokens)
                 readers, trace = [Reader(policy, prompt.policy_tokens(policy.template))], []
@@ -484,7 +485,7 @@ def mcts(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
             leaf, branch = path[-1], path[-1].branch
             if branch.reward is None:                       # else a leaf that nothing can follow, come to once more
                 open_ended = not branch.finished and len(branch.tokens) < max_new_tokens
-                hidden, rewards = yield [branch] if open_ended else [], [branch], read
+                hidden, rewards = yield ([branch] if open_ended else []), [branch], read
                 rewarded([branch], rewards)
                 read.append(branch)
                 if open_ended:
@@ -508,7 +509,7 @@ def mcts(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
 
 @side_by_side("mrm", "guard")
 def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, beta):
-    """Tree search with a multifurcation reward model (the paper's Saffron-1). Deterministic.
+    """Tree search for the highest reward of each next token, the paper's Saffron-1. Deterministic.
 
     A step asks the policy and the MRM once for each unfinished sequence s of the frontier (all in one forward pass),
     takes the tokens a of the policy's nucleus that are not in V_unseen as candidates, and keeps the `width` sequences

@@ -91,7 +91,7 @@ lie in any order of slots, because their positions were rotated into them.""", [
 **Read** the sections "distributions" and "the searches" of search.py; Holtzman et al. 2020 ([arXiv
 1904.09751](https://arxiv.org/abs/1904.09751)), section 3.1; in the paper, the search algorithm.
 
-**Write** both. The nucleus is the smallest set of most likely tokens whose mass *before* the last of them is below top_p:
+**Write** both. The nucleus is the smallest set of most likely tokens whose mass reaches top_p:
 
     a_1, a_2, ... by falling probability, equal ones by id;   a_k is in the nucleus if p(a_1) + ... + p(a_(k−1)) < top_p
 
@@ -297,9 +297,9 @@ def write_copy(out, numbers):
                 source = (copy / file).read_text(encoding="utf-8")
                 (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}"), encoding="utf-8")
         (copy / "HANDOUT.md").write_text(handout(numbers), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        copy.rename(out)
+        for path in copy.iterdir():                             # all is written by now, and has only to be renamed
+            out.mkdir(exist_ok=True)
+            path.rename(out / path.name)
 
 
 def main():

@@ -107,6 +107,14 @@ def test_grading_prints_points_and_what_else_is_needed(student):
     assert {name.partition("[")[0] for name in outcomes} == {name for name, _, _ in assign.tests_of(7)}
 
 
+def test_an_empty_folder_may_be_filled(tmp_path, monkeypatch):
+    """Also the one that one stands in."""
+    monkeypatch.chdir(tmp_path)
+    assign.write_copy(".", [6])
+    assert (tmp_path / "HANDOUT.md").is_file() and (tmp_path / "tests" / "conftest.py").is_file()
+    assert not any(path.name.startswith("tmp") for path in tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("options, said", [
     (["--out", "tests"], "something already"), (["--out", "LICENSE"], "something already"), ([], "--out"), (["--out", "no-such/copy"], "there is no folder"),
     (["--out", "no-such", "--exercise", "99"], "99")])

@@ -209,6 +209,18 @@ def test_no_text_becomes_markup(browser, smollm2, mrm, tmp_path):
     assert text.count("<script") == 2 and text.count("</style>") == 1 and "<img" not in text
 
 
+def test_a_reward_that_is_not_finite_is_left_out(smollm2, mrm):
+    result = reply_of([5, 6])
+    result.trace[0][0].reward = float("inf")
+    assert page.tree(result, smollm2.tokenizer.prompt("Hello"), smollm2, mrm)["found"] == [None, None, 0.0]
+
+
+def test_a_tree_is_read_in_pieces_as_in_one(searched, trees, smollm2, mrm, monkeypatch):
+    monkeypatch.setattr(page, "TOKENS", 5)
+    again = page.tree(searched[1][1][1], searched[0], smollm2, mrm)
+    assert again["reward"] == pytest.approx(trees[1]["reward"], abs=2e-2) and again["p"] == pytest.approx(trees[1]["p"], abs=2e-3)
+
+
 def test_a_page_of_width_16_and_128_tokens_is_small(tiny_policy, tiny_mrm, smollm2, golden_search, tmp_path, browser):
     """Half of what it may be, since a larger vocabulary has longer numbers."""
     policy = copy.copy(tiny_policy)
