@@ -456,8 +456,10 @@ def main():
     args.command = "python " + shlex.join(["train_mrm.py", *sys.argv[1:]])
     join_processes(args)
     train(args)
-    if dist.is_initialized():                       # a process that exits with its connections open may abort
+    if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)         # DistributedDataParallel keeps gloo's threads: one that needs Python while Python ends aborts
 
 
 if __name__ == "__main__":
