@@ -20,7 +20,7 @@ asr.png. All are means over prompts, NAME_ci their bootstrap 95 % interval:
     tflop, reward_calls, seconds, tokens       what a reply cost (the judging is not counted) and its length
     degenerate    share of replies in which some four tokens in a row come twice
     log_prob      log-probability per token under the policy: fluency as the policy sees it
-    scaleff       the paper's scaling efficiency, log(TFLOP limit / tflop) / asr; null where asr is 0
+    scaleff       the paper's scaling efficiency (Eq. 1), ln(TFLOP limit / tflop) / asr; null where asr is 0
     refused, flagged, same      of harmless prompts: share of replies that refuse, whose guard reward is negative, and
                   that equal the undefended reply
 """

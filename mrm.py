@@ -147,7 +147,7 @@ class MRM(nn.Module):
         return self.gain * self.llama.logits(hidden) + self.bias
 
     def conservative_rewards(self, hidden):
-        """M_cons(s): M(s), and -inf for the tokens in V_unseen: (..., d) -> (..., V)."""
+        """M_cons(s), the paper's Eq. 7: M(s), and -inf for the tokens in V_unseen: (..., d) -> (..., V)."""
         return self.rewards(hidden).masked_fill(self.unseen, -math.inf)
 
     def child_rewards(self, hidden, children):
@@ -157,7 +157,7 @@ class MRM(nn.Module):
 
 
 def partial_supervision_loss(mrm, hidden, children, rewards):
-    """The mean of (M(s[0:j])_{s_j} − R(s[0:j+1]))² over response positions j (the paper's partial supervision).
+    """The mean of (M(s[0:j])_{s_j} − R(s[0:j+1]))² over response positions j: partial supervision, the paper's Eq. 5.
 
     hidden: h(s[0:j]) (n, d). children: the tokens s_j that are really there, ints (n,). rewards: R(s[0:j+1]) (n,).
     """

@@ -210,8 +210,11 @@ def check_vocabulary(policy, other):
 
 def next_logits(policy, hidden, length, min_new_tokens):
     """The policy's scores of the next token, (n, d) -> (n, V), in float32 at least. While the replies (all of
-    `length` tokens) are shorter than min_new_tokens, end-of-sequence has the score -inf."""
+    `length` tokens) are shorter than min_new_tokens, end-of-sequence has the score -inf. Raises BadInput for scores that
+    are not numbers."""
     logits = policy.logits(hidden)
+    if logits.isnan().any():
+        raise BadInput(f"{policy.config.name} gives scores that are not numbers; its weights, or their dtype, are to blame")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if length < min_new_tokens:
         logits[:, list(policy.config.eos_token_ids)] = -math.inf
@@ -226,22 +229,24 @@ def probabilities(logits, temperature):
 
 
 def nucleus(p, top_p):
-    """The most likely tokens, as long as the mass *before* a token is below top_p: ids, most likely first, equal ones
-    by id. p: probabilities (V,).
+    """The paper's Eq. 2: the most likely tokens, as long as the mass *before* a token is below top_p (with top_p 1, all):
+    ids, most likely first. p: probabilities (V,). Equal ones stand by id, and the last of them may be left out; Eq. 2,
+    which adds up what is more likely, takes all of them.
 
     Sorting 50,000 numbers to find a handful is slow: the largest few are looked at first, and more of them only
     while they do not hold enough mass. All tokens as likely as the last of them are sorted too, so that ties go by id.
     """
+    limit = top_p if top_p < 1 else math.inf            # the sum of all may be rounded to 1 before the last of them
     k = 64
     while k < len(p):
         top = p.topk(k).values
-        if top.cumsum(0)[-2] >= top_p:                                          # the mass before the last of them
+        if top.cumsum(0)[-2] >= limit:                                          # the mass before the last of them
             break
         k *= 8
     threshold = top[-1] if k < len(p) else 0.0
     tokens = ((p >= threshold) & (p > 0)).nonzero().squeeze(-1)                 # ascending ids
     values, order = p[tokens].sort(descending=True, stable=True)
-    return tokens[order[values.cumsum(0) - values < top_p]]
+    return tokens[order[values.cumsum(0) - values < limit]]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -254,8 +259,8 @@ def side_by_side(*kinds, temperature=1.0):
     The generator is called as steps(policy, reward_model, trace, **those of a search's options that it names). It yields
     two lists: the branches that the policy shall read, and those that the reward model shall, and perhaps a third:
     branches that it will go on from later. (Of all others, the paths are forgotten.) It is sent two answers: the final
-    hidden states of the first list, (n, d), and of the second, of which a guard answers with rewards instead, (n,). It appends each frontier it comes to, a list of branches, to `trace`, and returns the
-    branch that won.
+    hidden states of the first list, (n, d), and of the second, of which a guard answers with rewards instead, (n,). It
+    appends each frontier it comes to, a list of branches, to `trace`, and returns the branch that won.
 
     The function made of it takes a prompt, or a list of prompts, whose searches then go on in lockstep: what all of
     them want read is read in one forward pass, for policy and reward model together where these differ in LoRA only.
@@ -513,8 +518,9 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
 
     A step asks the policy and the MRM once for each unfinished sequence s of the frontier (all in one forward pass),
     takes the tokens a of the policy's nucleus that are not in V_unseen as candidates, and keeps the `width` sequences
-    s·a with the highest M(s)_a; equal ones by frontier order, then by the policy's probability. One that ends is
-    finished: it stays, and stands before the unfinished. The first of the last frontier is the reply.
+    s·a with the highest M(s)_a (the paper's Eq. 2, 7 and 3); equal ones by frontier order, then by the policy's
+    probability. One that ends is finished: it stays, and stands before the unfinished. The first of the last frontier is
+    the reply.
 
     beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's probability of
     the whole reply so far: where many replies are about equally safe, what the policy would say decides. (This is the
@@ -549,7 +555,9 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
 
 
 def rewarded(branches, rewards):
-    """The branches, each with its reward: (m,)."""
+    """The branches, each with its reward: (m,). Raises BadInput for rewards that are not numbers."""
+    if rewards.isnan().any():
+        raise BadInput("the reward model gives rewards that are not numbers; its weights, or their dtype, are to blame")
     for branch, reward in zip(branches, rewards.tolist()):
         branch.reward = reward
     return branches

@@ -153,7 +153,7 @@ def guard_loss(guard, tokens, rows, columns, targets):
 
 
 def mrm_loss(mrm, tokens, rows, columns, targets):
-    """Partial supervision: the hidden state before a reply token predicts the reward after it."""
+    """Partial supervision, the paper's Eq. 5: the hidden state before a reply token predicts the reward after it."""
     hidden = mrm.llama(tokens)[rows, columns - 1]
     return partial_supervision_loss(mrm, hidden, tokens[rows, columns], targets.to(hidden.dtype))
 

@@ -3,7 +3,7 @@ A KV cache that is a trie: token sequences with a common prefix share the keys a
 
 Tree search extends a few sequences by a token each, drops some, extends the rest: nearly all of every sequence has
 been computed before, most of it once for all of them. Here each distinct prefix is computed once and stored once.
-The paper (Qiu et al. 2025, arXiv 2506.06444) uses a trie for the same purpose; the layout below is our own, with
+The paper (Qiu et al. 2025, arXiv 2506.06444, section 4.4) uses a trie for the same purpose; the layout is our own, with
 tree attention in the manner of SpecInfer (Miao et al. 2023, arXiv 2305.09781):
 
     a node   = the last token of a prefix; the path from the root to it spells the prefix

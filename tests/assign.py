@@ -71,7 +71,7 @@ Query heads are more than key heads: with 6 and 2, heads 0, 1, 2 use keys and va
 lie in any order of slots, because their positions were rotated into them.""", ["bench.py:CopyCache.attend"]),
     3: Exercise("trie lookup and slots", "medium",
                 ["trie_cache.py:TrieCache.insert", "trie_cache.py:TrieCache.take_slot", "trie_cache.py:TrieCache.keep"], """
-**Read** trie_cache.py, first its docstring; in the paper, the section on the trie-based cache.
+**Read** trie_cache.py, first its docstring; in the paper, section 4.4.
 
 **Write** three functions that keep these statements true:
 
@@ -89,19 +89,20 @@ lie in any order of slots, because their positions were rotated into them.""", [
   removed node sees `node.slot is None`. (That no node may be waiting is a precondition: an assertion is enough.)"""),
     4: Exercise("nucleus candidates", "medium", ["search.py:nucleus", "search.py:candidates"], """
 **Read** the sections "distributions" and "the searches" of search.py; Holtzman et al. 2020 ([arXiv
-1904.09751](https://arxiv.org/abs/1904.09751)), section 3.1; in the paper, the search algorithm.
+1904.09751](https://arxiv.org/abs/1904.09751)), section 3.1; in the paper, section 4.1 (Eq. 2) and
+4.3.
 
 **Write** both. The nucleus is the smallest set of most likely tokens whose mass reaches top_p:
 
     a_1, a_2, ... by falling probability, equal ones by id;   a_k is in the nucleus if p(a_1) + ... + p(a_(k−1)) < top_p
 
-A token of probability 0 never is. (It is called on every row of every step, on a vocabulary of 50,000: a full sort is right, but
+A token of probability 0 never is; with top_p = 1 all others are, however their sum is rounded. (It is called on every row of every step, on a vocabulary of 50,000: a full sort is right, but
 slow. The original looks at the 64 largest first; then mind the ties.) Candidates of a sequence are the
 tokens of its nucleus that are not in V_unseen (which is None where no token is unseen); if none is left, the seen token with
 the highest score in `logits`, also at temperature 0; if all seen ones have the score −∞, BadInput ("the reward model has not
 seen any token that could come next ..."). `probabilities` gives p from scores; sums are in p's own precision."""),
     5: Exercise("partial-supervision loss", "easy", ["mrm.py:partial_supervision_loss", "mrm.py:MRM.child_rewards"], """
-**Read** the first half of mrm.py; in the paper, the section on partial supervision.
+**Read** the first half of mrm.py; in the paper, section 4.2 (Eq. 5).
 
 **Write** the loss and the one entry of M that it needs. W is the frozen unembedding `llama.lm_head.weight` (V, d), b the
 bias (V,), gain a number:
@@ -112,8 +113,8 @@ bias (V,), gain a number:
 A batch has thousands of positions and the vocabulary 50,000 tokens: compute the entries that are asked for and no others.
 No loop over positions."""),
     6: Exercise("conservative mask", "easy", ["mrm.py:MRM.conservative_rewards"], """
-**Read** `MRM` in mrm.py, and in `new_reward_model` of train_mrm.py where V_unseen comes from; in the paper, the section on
-conservative exploration.
+**Read** `MRM` in mrm.py, and in `new_reward_model` of train_mrm.py where V_unseen comes from; in the paper,
+section 4.3 (Eq. 7).
 
 **Write** M_cons: what M says of a token that it has never learned from is an extrapolation, and a search for high rewards
 finds every extrapolation that is too high.
@@ -123,7 +124,7 @@ finds every extrapolation that is too high.
 for any number of leading dimensions. Question to answer in a sentence: why must end-of-sequence be a seen token?"""),
     7: Exercise("the saffron step", "hard", ["search.py:saffron", "search.py:best"], """
 **Read** all of search.py: `side_by_side` (how a search asks to have things read), `beam` (which is given, and differs), `candidates`,
-`extend`, `rewarded`; in the paper, the search algorithm.
+`extend`, `rewarded`; in the paper, section 4.1 (Eq. 3).
 
 **Write** the search and the choice of its next frontier. A step, for the frontier F of at most N = width sequences:
 

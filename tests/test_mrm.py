@@ -77,8 +77,17 @@ def test_gradient_touches_the_adapter_only(new_mrm):
     touched = {name for name, p in new_mrm.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert touched == {name for name in trained_tensors(new_mrm) if name != "unseen"}
     assert {name.split(".")[-1] for name in touched} == {"lora_A", "lora_B", "gain", "bias"}
-    outside = [token for token in range(512) if token not in children.tolist()]
-    assert new_mrm.bias.grad[outside].abs().sum() == 0                  # only the children that are there learn
+
+
+@pytest.mark.exercise(5, points=1)
+def test_an_unseen_token_gets_no_gradient(new_mrm):
+    """The paper's Proposition 1 (Eq. 6): the biases of tokens that never follow anything do not learn, all others do. So what
+    M says of an unseen token means nothing."""
+    tokens = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(1))
+    hidden = new_mrm.llama(tokens)[:, :-1].flatten(0, 1)
+    children = tokens[:, 1:].flatten()
+    partial_supervision_loss(new_mrm, hidden, children, torch.full((16,), 9.0, dtype=torch.float64)).backward()
+    assert set(new_mrm.bias.grad.nonzero().flatten().tolist()) == set(children.tolist())
 
 
 def test_lora_starts_at_the_base_model_and_shares_its_weights(tiny_guard):

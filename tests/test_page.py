@@ -127,6 +127,7 @@ def test_pointing_at_a_node_shows_what_it_is(browser, written, trees, smollm2, m
                       f".querySelector('[data-node=\"{node}\"] circle').getBoundingClientRect())")
     browser.point_at(x, y)
     said = browser.js("document.getElementById('detail').innerText")
+    assert browser.js("document.getElementById('detail').ariaLive") == "off"        # one is only on the way to another
     assert "[Sure]" + smollm2.tokenizer.decode(paths(tree)[node]) in said
     assert f"MRM reward {tree['reward'][node]:+.2f}".replace("-", "−") in said
     columns = [browser.js(f"Array.from(document.querySelectorAll('#detail ol')[{i}].children, li => [li.textContent, li.className])")
@@ -154,6 +155,7 @@ def test_the_keyboard_alone_is_enough(browser, written, searched):
                       ("End", "token 9"), ("Home", "start")):
         browser.press(key)
         assert browser.js("document.querySelector('#detail h3').textContent") == f"saffron, {says}"
+        assert browser.js("document.getElementById('detail').ariaLive") == "polite"         # a screen reader says so
         assert active("tabIndex") == 0 and active("getAttribute('aria-label')")
 
 

@@ -178,19 +178,29 @@ def test_nucleus_equals_sorting_the_whole_vocabulary(seed):
     scale = [0.0, 0.5, 2.0, 6.0][seed % 4]                                          # from uniform to peaked
     logits = (torch.randn(5000, generator=generator) * scale).round(decimals=seed % 3)      # with many ties
     p = logits.softmax(-1)
-    for top_p in (1e-9, 0.3, 0.8, 0.99, 1.0):
+    for top_p in (1e-9, 0.3, 0.8, 0.99):
         values, ids = p.sort(descending=True, stable=True)
         expected = ids[values.cumsum(0) - values < top_p]
         assert torch.equal(nucleus(p, top_p), expected) and len(expected) >= 1
 
 
 @pytest.mark.exercise(4, points=1)
-def test_no_nucleus_holds_a_token_of_probability_0():
-    """Also where rounding keeps the sum of all probabilities below top_p = 1."""
+def test_with_top_p_1_a_nucleus_is_all_that_is_possible():
+    """All tokens but those of probability 0, also where rounding takes the sum to 1 too early, or never."""
     for seed in range(30):
         p = torch.randn(49152, generator=torch.Generator().manual_seed(seed)).softmax(-1)
         p[7] = 0.0
-        assert 7 not in nucleus(p / p.sum(), 1.0)
+        assert sorted(nucleus(p / p.sum(), 1.0).tolist()) == [token for token in range(49152) if token != 7]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_nucleus_is_that_of_the_paper(seed):
+    """Eq. 2: a is inside where the probabilities of all tokens more likely than a sum to less than top_p. Where other
+    tokens are just as likely as the last one, Eq. 2 takes all of them."""
+    p = torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(2).softmax(-1)
+    mass_above = torch.stack([p[p > x].sum() for x in p])
+    for top_p in (0.01, 0.3, 0.8, 0.99):
+        assert set(nucleus(p, top_p).tolist()) == set((mass_above < top_p).nonzero().flatten().tolist())
 
 
 @pytest.mark.exercise(7, points=2)
@@ -302,6 +312,20 @@ def test_bad_values_are_refused(method, options, said, tiny_policy, tiny_mrm, ti
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
     with pytest.raises(BadInput, match=said):
         SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2, 3, 4, 5]), **options)
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_what_is_not_a_number_is_refused(method, tiny_policy, tiny_mrm, tiny_scalar_guard):
+    """Scores of damaged weights, or of ones too large for their dtype: no search ranks by them."""
+    reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
+    policy, damaged = copy.deepcopy(tiny_policy), copy.deepcopy(reward_model)
+    next(policy.parameters()).data.fill_(math.nan)
+    with pytest.raises(BadInput, match="tiny_policy gives scores that are not numbers"):
+        SEARCHES[method][0](policy, reward_model, Prompt([1]))
+    if reward_model:
+        next(damaged.llama.parameters()).data.fill_(math.nan)
+        with pytest.raises(BadInput, match="reward model gives rewards that are not numbers"):
+            SEARCHES[method][0](tiny_policy, damaged, Prompt([1]))
 
 
 def test_a_reward_model_of_another_kind_is_refused(tiny_policy, tiny_mrm):

@@ -1,5 +1,6 @@
 """The trie computes each distinct prefix once, gives the same numbers as no cache at all, and forgets on demand."""
 
+import itertools
 import math
 import random
 
@@ -86,6 +87,23 @@ def test_the_tensors_double_and_keep_what_is_in_them(tiny_guard):
     for tensor in (trie.arena.movedim(3, 0), trie.hidden):
         assert (tensor[:2] == 1).all() and (tensor[2:] == 0).all()
     assert trie.visible.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.exercise(3, points=1)
+@pytest.mark.parametrize("seed", range(6))
+def test_time_and_space_are_those_of_proposition_2(tiny_guard, seed):
+    """The paper's Eq. 9: slots are the sequences' lengths less the common prefixes of neighbours, in the order of the sequences
+    that makes these longest. Eq. 8: the same of their squares for attention; here exactly, 1 + 2 + ... + n keys for n tokens."""
+    pick = random.Random(seed)
+    sequences = [[pick.randrange(2) for _ in range(pick.randint(1, 9))] for _ in range(5)]
+    common = lambda s, t: next((i for i, (a, b) in enumerate(zip(s, t)) if a != b), min(len(s), len(t)))
+    shared = lambda cost: max(sum(cost(common(s, t)) for s, t in zip(order, order[1:]))
+                              for order in itertools.permutations(sequences))
+    trie = TrieCache(tiny_guard)
+    trie(sequences)
+    keys = lambda n: n * (n + 1) // 2
+    assert trie.used == trie.computed == sum(map(len, sequences)) - shared(lambda n: n)
+    assert trie.attended == sum(keys(len(s)) for s in sequences) - shared(keys)
 
 
 def ancestors(node):
