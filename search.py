@@ -392,20 +392,20 @@ def beam(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
 def rebase(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
     """Reward-balanced search, with a token for a step: the next expansions, `width` less those finished, are shared
     among the unfinished sequences in proportion to softmax(R / REBASE_TEMPERATURE), each draws so many different tokens
-    from its nucleus (or all of that, if it holds fewer), and the guard scores what comes of it. (In the paper a step
-    is a line of reasoning, and rewards are probabilities.) The finished sequence with the highest R is the reply,
-    else the unfinished one."""
+    from its nucleus (or all of that, if it holds fewer), and the guard scores what comes of it. A sequence whose share is
+    none is dropped, unread. (In Wu et al. a step is a line of reasoning, and rewards are probabilities.) The finished
+    sequence with the highest R is the reply, else the unfinished one."""
     generator = torch.Generator().manual_seed(seed)
     growing, finished = [Branch(reward=0.0)], []
     for length in range(max_new_tokens):
-        hidden, _ = yield growing, []
-        children, logits = [], next_logits(policy, hidden, length, min_new_tokens)
         counts = shares([branch.reward for branch in growing], width - len(finished))
-        for branch, p, count in zip(growing, probabilities(logits, temperature), counts):
+        chosen = [(branch, count) for branch, count in zip(growing, counts) if count]
+        hidden, _ = yield [branch for branch, _ in chosen], []
+        logits, children = next_logits(policy, hidden, length, min_new_tokens), []
+        for (branch, count), p in zip(chosen, probabilities(logits, temperature)):
             inside = nucleus(p, top_p)
-            if count:
-                drawn = torch.multinomial(p[inside].cpu(), min(count, len(inside)), generator=generator)
-                children += [extend(policy, branch, token) for token in inside[drawn.to(inside.device)].tolist()]
+            drawn = torch.multinomial(p[inside].cpu(), min(count, len(inside)), generator=generator)
+            children += [extend(policy, branch, token) for token in inside[drawn.to(inside.device)].tolist()]
         _, rewards = yield [], children
         rewarded(children, rewards)
         growing = [branch for branch in children if not branch.finished]
@@ -418,7 +418,7 @@ def rebase(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p
 
 def shares(rewards, count):
     """count · softmax(rewards / REBASE_TEMPERATURE) in whole numbers that sum to `count`: rounded down, then one more
-    for those that lost most by it."""
+    for those that lost most by it (of equal ones, the first). rewards: floats; result: a list of ints."""
     exact = count * (torch.tensor(rewards, dtype=torch.float64) / REBASE_TEMPERATURE).softmax(-1)
     whole = exact.floor()
     order = (exact - whole).argsort(descending=True, stable=True)

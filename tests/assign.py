@@ -61,9 +61,10 @@ so that fast pairs stay and slow ones are stretched. `config.rope_scaling` is No
 **Read** trie_cache.py, `Attention` in model.py, and the documentation of torch's `scaled_dot_product_attention`; Ainslie
 et al. 2023 ([arXiv 2305.13245](https://arxiv.org/abs/2305.13245)), section 2.2.
 
-**Write** the attention of the n tokens that wait, in one layer. `self.arena[layer]` holds keys (index 0) and values (1) of all
-slots; `self.slots` (n,) says where the new tokens' keys and values belong, and they must be there before anyone looks.
-`self.mask` (n, used) is 0 where a token may look at a slot and −∞ where not; used = `self.used` slots are handed out.
+**Write** the attention of the n tokens that wait, in one layer. `self.arena[layer]` holds keys (index 0) and values (1)
+of all slots; `self.slots` (n,) says where the new tokens' keys and values belong, and they must be there before anyone
+looks. `self.mask` (n, used) is 0 where a token may look at a slot and −∞ where not; used = `self.used` slots are handed
+out.
 
     y = softmax(q Kᵀ / sqrt(head_dim) + mask) V           for each head
 
@@ -82,8 +83,8 @@ lie in any order of slots, because their positions were rotated into them.""", [
 - New nodes stand in `waiting`, parents first, until `compute` has read them. `leaves` is the set of all nodes but the
   root without children.
 - `free` is a heap (heapq) of the slots given back, `used` how many were ever handed out. The lowest free slot is taken
-  first; when there is none, the next unused one, and if that is beyond the end of the tensors, `arena` (dimension 3), `hidden`
-  (0) and `visible` (both) double.
+  first; when there is none, the next unused one, and if that is beyond the end of the tensors, `arena` (dimension 3),
+  `hidden` (0) and `visible` (both) double.
 - `insert` adds to `cached` the tokens of the whole path, from the root to the node, that were there already.
 - `keep(nodes)` removes from each leaf upwards what is neither one of these nodes nor above one. Whoever still holds a
   removed node sees `node.slot is None`. (That no node may be waiting is a precondition: an assertion is enough.)"""),
@@ -96,11 +97,12 @@ lie in any order of slots, because their positions were rotated into them.""", [
 
     a_1, a_2, ... by falling probability, equal ones by id;   a_k is in the nucleus if p(a_1) + ... + p(a_(k−1)) < top_p
 
-A token of probability 0 never is; with top_p = 1 all others are, however their sum is rounded. (It is called on every row of every step, on a vocabulary of 50,000: a full sort is right, but
-slow. The original looks at the 64 largest first; then mind the ties.) Candidates of a sequence are the
-tokens of its nucleus that are not in V_unseen (which is None where no token is unseen); if none is left, the seen token with
-the highest score in `logits`, also at temperature 0; if all seen ones have the score −∞, BadInput ("the reward model has not
-seen any token that could come next ..."). `probabilities` gives p from scores; sums are in p's own precision."""),
+A token of probability 0 never is; with top_p = 1 all others are, however their sum is rounded. (It is called on every row
+of every step, on a vocabulary of 50,000: a full sort is right, but slow. The original looks at the 64 largest first; then
+mind the ties.) Candidates of a sequence are the tokens of its nucleus that are not in V_unseen (which is None where no
+token is unseen); if none is left, the seen token with the highest score in `logits`, also at temperature 0; if all seen
+ones have the score −∞, BadInput ("the reward model has not seen any token that could come next ..."). `probabilities`
+gives p from scores; sums are in p's own precision."""),
     5: Exercise("partial-supervision loss", "easy", ["mrm.py:partial_supervision_loss", "mrm.py:MRM.child_rewards"], """
 **Read** the first half of mrm.py; in the paper, section 4.2 (Eq. 5).
 
@@ -121,41 +123,52 @@ finds every extrapolation that is too high.
 
     M_cons(s)_a = −∞  for a in V_unseen,  M(s)_a  otherwise
 
-for any number of leading dimensions. Question to answer in a sentence: why must end-of-sequence be a seen token?"""),
+for any number of leading dimensions. Before you read on, say in a sentence why end-of-sequence
+must be a seen token."""),
     7: Exercise("the saffron step", "hard", ["search.py:saffron", "search.py:best"], """
-**Read** all of search.py: `side_by_side` (how a search asks to have things read), `beam` (which is given, and differs), `candidates`,
-`extend`, `rewarded`; in the paper, section 4.1 (Eq. 3).
+**Read** all of search.py: `side_by_side` (how a search asks to have things read), `beam` (which is given, and differs),
+`candidates`, `extend`, `rewarded`; in the paper, section 4.1 (Eq. 3).
 
-**Write** the search and the choice of its next frontier. A step, for the frontier F of at most N = width sequences:
+**Write** the search and the choice of its next frontier. It begins with the empty reply; then, for the frontier F of at
+most N = width sequences:
 
-    ask policy and MRM once for each unfinished s of F                       yield branches, branches -> (n, d), (n, d)
-    logits: next_logits(policy, hidden, length, min_new_tokens)              no end before min_new_tokens
-    C = { s·a : a in candidates(s) }, with M(s)_a for these entries only      reward_model.child_rewards
-    finished sequences of F, and the N of C with the highest score; those that are finished first, by score; at most N stay
-    score(s·a) = M(s)_a + beta · log π(s·a),   log π(s·a) = log π(s) + log π(a | s), not cut to the nucleus
+1. Ask policy and MRM, in one `yield`, about the unfinished sequences s of F. `next_logits` makes scores of the policy's
+   answer.
+2. C = all s·a with a in `candidates`, as they come. M(s)_a of these entries and no others (`child_rewards`) is the
+   branch's `reward`; its `log_prob` is log π(s·a) = log π(s) + log π(a | s), where π is the softmax of all scores of
+   `next_logits`, at temperature 1.
+3. score(s·a) = M(s)_a + beta · log π(s·a). With beta > 0, strike from C what repeats itself (`repeats_its_end`), unless
+   all of C does. Take the N with the highest score; equal ones in the order of C.
+4. Add the finished sequences of F before them, and sort: finished ones before unfinished, each by score, equal ones as
+   they stand. The first N are the next frontier; append it to `trace`.
 
-Equal scores: in the order of C, which is frontier order, then the policy's. With beta > 0, of C those come first into
-question that do not repeat themselves (`repeats_its_end`); only if all do, all are. The search ends after max_new_tokens
-steps, or when all are finished; the reply is the first of the last frontier. Append each frontier to `trace`. With a
-guard as `reward_model` (`kind_of` tells), which predicts nothing, no token is unseen and the guard reads the children themselves:
-`_, rewards = yield [], children`.""", ["bench.py:reference"]),
+The search ends after max_new_tokens steps, or when all of F are finished; the reply is the first of the last frontier.
+
+With a guard as `reward_model` (`kind_of` tells), which predicts nothing, no token is unseen, and the guard reads the
+children themselves: the first `yield` asks the policy alone, `_, rewards = yield [], children` the guard.""", ["bench.py:reference"]),
     8: Exercise("reward-balanced search", "hard", ["search.py:rebase", "search.py:shares"], """
-**Read** `beam` and `best_of_n` in search.py; Wu et al. 2024 ([arXiv 2408.00724](https://arxiv.org/abs/2408.00724)), section 3.
+**Read** `beam` and `best_of_n` in search.py; Wu et al. 2024 ([arXiv 2408.00724](https://arxiv.org/abs/2408.00724)),
+section 3.
 
-**Write** the search and the sharing. A step, for the unfinished sequences s_1 … s_n with rewards R_i (0 for the empty
-one at the start) and B = width less the number of finished ones:
+**Write** the search and the sharing. It begins with the empty reply, whose reward is 0; then at most max_new_tokens
+times, for the unfinished sequences s_1 … s_n with rewards R_i:
 
-    exact_i = B · softmax(R / REBASE_TEMPERATURE)_i
-    count_i = exact_i rounded down; what is left of B goes, one each, to those that lost most (equal ones: the first)
+1. B = width less the number of finished sequences is shared out (`shares`: a list of floats and B, to a list of ints):
 
-Sequence i draws count_i *different* tokens from its nucleus in proportion to their probabilities (all of it, if it
-holds fewer), with one `torch.Generator` seeded by `seed`; the guard reads each new sequence once. What ends is finished
-and stays out of later steps; the frontier for `trace` is finished + unfinished. The search ends when nothing is
-unfinished, or as many are finished as the width. The finished sequence with the highest R is the reply, else the
-unfinished one with the highest."""),
+       exact_i = B · softmax(R / REBASE_TEMPERATURE)_i
+       count_i = exact_i rounded down; what is left of B goes, one each, to those that lost most (equal ones: the first)
+
+2. Ask the policy about those with count_i > 0; the others are dropped.
+3. Each of them draws count_i *different* tokens from its nucleus, in proportion to their probabilities (as many as it holds,
+   if it holds fewer), with one `torch.Generator` for the whole search, seeded by `seed`.
+4. The guard reads each new sequence once. What ends is finished and stays out of later steps.
+5. The frontier, to be appended to `trace`, is all finished ones and then the unfinished, both in the order they came in.
+
+The search ends early when nothing is unfinished, or as many are finished as the width. The finished sequence with the
+highest R is the reply; if there is none, the unfinished one with the highest."""),
     9: Exercise("a better rule for unseen tokens", "research, open-ended", [], """
-**The question.** V_unseen is all or nothing: of 49,152 tokens, 5,237 may be said, because they came three times in the corpus.
-Words that would make better replies are forbidden, and a token with three occurrences is trusted like one with a
+**The question.** V_unseen is all or nothing: of 49,152 tokens, 5,237 may be said, because they came three times in the
+corpus. Words that would make better replies are forbidden, and a token with three occurrences is trusted like one with a
 thousand. Find a rule that keeps replies as safe and makes them more fluent, or refuses less.
 
 **Where.** `candidates` in search.py applies the mask; `new_reward_model` in train_mrm.py makes it (`--min_count`). Ideas: a
@@ -172,15 +185,16 @@ honesty about what did not work 5."""),
 **The question.** At equal compute, can a search be safer than saffron, or refuse less at the same safety?
 
 **Where.** One function in search.py and one line in `SEARCHES`; the README's section "Fork it" has one in 20 lines.
-sample.py, eval.py, bench.py and the page then know it. Ideas: the MRM proposes and the guard checks the best few; a width that follows the
-margin between the first two; a restart from an earlier step when all rewards fall; rebase with M in place of R.
+sample.py, eval.py, bench.py and the page then know it. Ideas: the MRM proposes and the guard checks the best few; a width
+that follows the margin between the first two; a restart from an earlier step when all rewards fall; rebase with M in
+place of R.
 
-**Measure** against the rows of README's table: the commands there, with your method's name, on the dev files; on the test files
-once, at the end. `stats` counts calls and FLOPs for you: compare at equal TFLOP.
+**Measure** against the rows of README's table: the commands there, with your method's name, on the dev files; on the test
+files once, at the end. `stats` counts calls and FLOPs for you: compare at equal TFLOP.
 
-**Report** in two pages: the algorithm in ten lines, the table's row, the plot, what it does differently on five prompts (show
-pages of `sample.py --html`). 20 points: idea 5, correctness 5 (same seed, same reply; no early end; each token computed
-once), measurement 5, explanation 5."""),
+**Report** in two pages: the algorithm in ten lines, the table's row, the plot, what it does differently on five prompts
+(show pages of `sample.py --html`). 20 points: idea 5, correctness 5 (same seed, same reply; no early end; each token
+computed once), measurement 5, explanation 5."""),
 }
 
 
@@ -247,7 +261,8 @@ def handout(numbers):
     pages = ["""# Exercises
 
 Each exercise leaves some functions of this repository to you: their bodies are `raise NotImplementedError`, signature and
-docstring say what they must do. Change these bodies, and nothing else. "The paper" is Qiu et al. 2025, "Saffron-1"
+docstring say what they must do. Change these bodies (with helper functions of your own, if you like),
+and nothing else. "The paper" is Qiu et al. 2025, "Saffron-1"
 ([arXiv 2506.06444](https://arxiv.org/abs/2506.06444)). (README.md names some tests that are not in this copy.) To grade
 exercise N:
 
@@ -294,9 +309,10 @@ def write_copy(out, numbers):
         for path in TESTS:
             (copy / path).write_text(exercise_tests((ROOT / path).read_text(encoding="utf-8")), encoding="utf-8")
         for n in numbers:
-            for file, name in (function.split(":") for function in EXERCISES[n].functions + EXERCISES[n].shown_by):
-                source = (copy / file).read_text(encoding="utf-8")
-                (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}"), encoding="utf-8")
+            for functions, note in ((EXERCISES[n].functions, ""), (EXERCISES[n].shown_by, " (not to be written)")):
+                for file, name in (function.split(":") for function in functions):
+                    source = (copy / file).read_text(encoding="utf-8")
+                    (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}{note}"), encoding="utf-8")
         (copy / "HANDOUT.md").write_text(handout(numbers), encoding="utf-8")
         for path in copy.iterdir():                             # all is written by now, and has only to be renamed
             out.mkdir(exist_ok=True)

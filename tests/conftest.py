@@ -79,7 +79,8 @@ def pytest_unconfigure(config):
             worst = next((outcome for outcome in outcomes if outcome != "passed"), "passed")
             earned = points if worst == "passed" else 0
             total += earned
-            print(f"  {earned} of {points}  {name}: {worst}")
+            cases = f" ({outcomes.count(worst)} of {len(outcomes)} cases)" if earned < points and len(outcomes) > 1 else ""
+            print(f"  {earned} of {points}  {name}: {worst}{cases}")
         print(f"{total} of {sum(points for points, _ in config.grades.values())} points")
 
 

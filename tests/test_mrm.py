@@ -10,6 +10,7 @@ import torch
 from conftest import GOLDEN
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import BadInput, Prompt, Template
 from mrm import (MRM, Backbone, Guard, LoRALinear, add_lora, load_adapter, load_released_mrm, partial_supervision_loss,
@@ -58,7 +59,9 @@ def test_loss_computes_one_entry_for_each_position(new_mrm, monkeypatch):
     monkeypatch.setattr(new_mrm.llama, "logits", lambda hidden: pytest.fail("all of M(s) was computed"))
     monkeypatch.setattr(new_mrm, "rewards", lambda hidden: pytest.fail("all of M(s) was computed"))
     hidden, children = torch.randn(7, 48, dtype=torch.float64), torch.tensor([1, 5, 1, 400, 0, 511, 5])
-    entries = new_mrm.child_rewards(hidden, children)
+    with FlopCounterMode(display=False) as counter:
+        entries = new_mrm.child_rewards(hidden, children)
+    assert counter.get_total_flops() <= 2 * 7 * 48, "a product of hidden states with other tokens' rows too"
     assert entries.shape == (7,)
     rewards = entries.detach() + 2
     assert partial_supervision_loss(new_mrm, hidden, children, rewards).item() == pytest.approx(4)      # a mean of squares
@@ -127,9 +130,12 @@ def test_one_pass_of_a_backbone_reads_for_all(tiny_guard, new_mrm, new_guard):
 @pytest.mark.exercise(6, points=2)
 def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
     hidden = new_mrm.llama(torch.arange(6)[None])[0]
-    free, cons = new_mrm.rewards(hidden), new_mrm.conservative_rewards(hidden)
-    assert torch.equal(cons == -math.inf, new_mrm.unseen.expand_as(cons)) and new_mrm.unseen.any()
-    assert torch.equal(cons[:, ~new_mrm.unseen], free[:, ~new_mrm.unseen])
+    for some in (hidden, hidden[0], hidden.reshape(2, 3, -1)):                      # any number of leading dimensions
+        free, cons = new_mrm.rewards(some), new_mrm.conservative_rewards(some)
+        expected = [[-math.inf if unseen else value for value, unseen in zip(row, new_mrm.unseen.tolist())]
+                    for row in free.reshape(-1, 512).tolist()]
+        torch.testing.assert_close(cons, torch.tensor(expected, dtype=cons.dtype).view(free.shape), atol=0, rtol=0)
+    assert new_mrm.unseen.any() and not new_mrm.unseen.all()
 
 
 def test_one_pass_of_the_guard_scores_every_prefix(new_guard):

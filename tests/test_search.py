@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import BadInput, Prompt, Template
 from mrm import MRM, Guard, add_lora, same_base, trained_tensors
-from search import (DEAL_LAMBDA, DEAL_LOOK_AHEAD, MCTS_EXPLORATION, SEARCHES, Reader, best_of_n, candidates, none, nucleus,
-                    saffron, shares)
+from search import (DEAL_LAMBDA, DEAL_LOOK_AHEAD, MCTS_EXPLORATION, SEARCHES, Branch, Reader, best, best_of_n, candidates,
+                    none, nucleus, saffron, shares)
 from trie_cache import TrieCache
 
 
@@ -36,9 +36,13 @@ def test_saffron_walks_through_the_golden_frontiers(tiny_policy, tiny_mrm, golde
     options = {key: case[key] for key in ("width", "top_p", "min_new_tokens", "max_new_tokens")}
     result = saffron(tiny_policy, tiny_mrm, Prompt(case["prompt"]), **options)
     for t in range(1, case["compare_steps"] + 1):
-        assert sorted(b.tokens for b in result.trace[t - 1]) == sorted(case["frontiers"][t]), f"step {t}"
+        ours, theirs = [b.tokens for b in result.trace[t - 1]], case["frontiers"][t]
+        wrong, missing = [s for s in ours if s not in theirs], [s for s in theirs if s not in ours]
+        assert not wrong and not missing and len(ours) == len(theirs), (
+            f"the frontier after step {t} has {len(ours)} sequences (the golden one {len(theirs)}); not in that are {wrong}, "
+            f"missing are {missing}, where token 7 is the end")
     if case["output"] is not None:
-        assert result.finished and result.tokens == case["output"]
+        assert (result.finished, result.tokens) == (True, case["output"])
 
 
 def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, beta):
@@ -99,6 +103,46 @@ def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_
         tiny_policy, None, prompt, **options).tokens
 
 
+@pytest.mark.exercise(7, points=1)
+def test_a_branch_tells_the_reward_without_beta(tiny_policy, tiny_mrm):
+    """M(s)_a, computed without cache; and log π(s·a) at temperature 1, whatever the temperature of the nucleus."""
+    prompt, eos = Prompt([1, 2, 3]), tiny_policy.config.eos_token_ids[0]
+    result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=4, min_new_tokens=4, beta=0.5, temperature=0.5)
+    for branch in result.trace[-1]:
+        *before, last = branch.tokens
+        read = lambda llama, context: llama(torch.tensor([context + before]))[0]
+        rewards = tiny_mrm.rewards(read(tiny_mrm.llama, prompt.reward_tokens(tiny_mrm.template))[-1])
+        assert branch.reward == pytest.approx(rewards[last].item(), abs=1e-9), "the reward of a branch is M(s)_a"
+        logits = tiny_policy.logits(read(tiny_policy, prompt.policy_tokens(tiny_policy.template))[-4:])
+        log_p = logits.index_fill(1, torch.tensor([eos]), -math.inf).log_softmax(-1)
+        expected = sum(log_p[i, token].item() for i, token in enumerate(branch.tokens))
+        assert branch.log_prob == pytest.approx(expected, abs=1e-9), "log π is that of the policy, at temperature 1"
+    assert result.reward == result.trace[-1][0].reward
+
+
+@pytest.mark.exercise(7, points=1)
+def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tiny_mrm):
+    """With an MRM to which all is the same, width 5 keeps the policy's five favourites, then those of the first of them."""
+    same = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
+    same.gain.data.zero_()
+    prompt = Prompt([4, 5])
+    first, second = saffron(tiny_policy, same, prompt, width=5, max_new_tokens=2, top_p=0.99).trace
+
+    def favourites(reply):
+        hidden = tiny_policy(torch.tensor([prompt.policy_tokens(tiny_policy.template) + reply]))[0, -1]
+        return tiny_policy.logits(hidden).index_fill(0, torch.tensor([7]), -math.inf).topk(5).indices.tolist()     # 7: the end
+    assert [b.tokens for b in first] == [[token] for token in favourites([])]
+    assert [b.tokens for b in second] == [first[0].tokens + [token] for token in favourites(first[0].tokens)]
+
+
+@pytest.mark.exercise(7, points=1)
+def test_policy_and_mrm_are_asked_together(tiny_policy, tiny_mrm):
+    """One `yield` a step, so that both can be read in one forward pass; each of them once for each unfinished sequence."""
+    result = saffron(tiny_policy, tiny_mrm, Prompt([1, 2, 3]), width=3, max_new_tokens=6, min_new_tokens=6)
+    assert len(result.passes) == len(result.trace) == 6
+    assert result.stats.policy_calls == result.stats.reward_calls == 1 + 5 * 3
+
+
 @pytest.mark.exercise(7, points=2)
 def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
     """Of a few tokens that each reply must use again and again, no four in a row come twice; without beta they do."""
@@ -108,7 +152,18 @@ def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
     grams = lambda tokens: [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
     for beta, looping in ((0.0, True), (0.05, False)):
         result = saffron(tiny_policy, few, Prompt([1, 2, 3]), width=2, max_new_tokens=40, min_new_tokens=40, top_p=1.0, beta=beta)
-        assert any(len(set(grams(branch.tokens))) < 37 for branch in result.trace[-1]) == looping
+        twice = {gram for branch in result.trace[-1] for gram, n in Counter(grams(branch.tokens)).items() if n > 1}
+        assert bool(twice) == looping, f"with beta {beta}, these come twice: {sorted(twice)}"
+
+
+@pytest.mark.exercise(7, points=1)
+def test_what_repeats_itself_fills_no_place():
+    """With beta > 0 the next frontier may be narrower than the width: only if all children repeat themselves, they stay."""
+    child = lambda tokens, reward: Branch(tokens, reward)
+    circle, fresh = child([1, 2, 3, 4, 1, 2, 3, 4], 2.0), child([1, 2, 3, 4, 1, 2, 3, 5], 1.0)
+    for children, beta, kept in (([circle, fresh], 0.1, [fresh]), ([circle, fresh], 0.0, [circle, fresh]),
+                                 ([circle, circle], 0.1, [circle, circle]), ([circle], 0.1, [circle])):
+        assert best([], children, 2, beta) == kept, f"beta {beta}, {len(children)} children"
 
 
 @pytest.mark.exercise(7, points=1)
@@ -438,11 +493,20 @@ def found(method, plain, width, top_p=0.7, length=7, seed=0):
                                min_new_tokens=plain.least, top_p=top_p, seed=seed)
 
 
-@pytest.mark.parametrize("method", ["beam", "saffron_guard"])
 @pytest.mark.parametrize("width, top_p", [(1, 0.7), (3, 0.7), (5, 0.1)])
-def test_beam_and_saffron_with_a_guard_score_every_candidate(plain, method, width, top_p):
-    """beam keeps what has the highest R; saffron takes as many of the candidates, and then puts first what is
-    finished. One guard call a candidate."""
+def test_beam_scores_every_candidate(plain, width, top_p):
+    """It keeps what has the highest R, finished or not. One guard call a candidate."""
+    scores_every_candidate(plain, "beam", width, top_p)
+
+
+@pytest.mark.exercise(7, points=1)
+@pytest.mark.parametrize("width, top_p", [(1, 0.7), (3, 0.7), (5, 0.1)])
+def test_saffron_with_a_guard_scores_every_candidate(plain, width, top_p):
+    """It takes `width` of the candidates, and then puts first what is finished. One guard call a candidate."""
+    scores_every_candidate(plain, "saffron_guard", width, top_p)
+
+
+def scores_every_candidate(plain, method, width, top_p):
     result, frontier = found(method, plain, width, top_p), [([], 0.0)]
     for got in result.trace:
         pool = [(r + [token], plain.reward(r + [token]))
@@ -463,36 +527,71 @@ def test_shares_are_whole_and_in_proportion():
     assert shares([0.0, 0.0], 5) == [3, 2]                                      # equal: the first gets the odd one
     assert shares([math.log(6), math.log(3), math.log(1)], 10) == [6, 3, 1]     # odds 6 : 3 : 1
     assert shares([50.0, 0.0, 0.0], 4) == [4, 0, 0] and shares([1.0], 7) == [7]
+    assert shares([math.log(26), math.log(15), math.log(9)], 5) == [3, 1, 1]    # of 2.6, 1.5 and 0.9, the second loses least
     for seed in range(50):
         rewards = torch.randn(6, generator=torch.Generator().manual_seed(seed)) * 2
-        counts, exact = shares(rewards.tolist(), 16), 16 * rewards.double().softmax(-1)
-        assert sum(counts) == 16 and all(abs(n - x) < 1 for n, x in zip(counts, exact.tolist()))
+        counts, exact = shares(rewards.tolist(), 16), (16 * rewards.double().softmax(-1)).tolist()
+        assert sum(counts) == 16
+        for n, x in zip(counts, exact):
+            assert abs(n - x) < 1, f"{counts} of {exact}"
 
 
 @pytest.mark.exercise(8, points=5)
 @pytest.mark.parametrize("seed", range(4))
 def test_rebase_shares_its_expansions_by_reward(plain, seed):
-    width, top_p = 6, 0.7
-    result = found("rebase", plain, width, top_p, seed=seed)
-    growing, finished = [([], 0.0)], []
+    width, top_p, length = 6, 0.7, (3, 7, 7, 24)[seed]
+    result = found("rebase", plain, width, top_p, length, seed)
+    growing, finished, read = [([], 0.0)], [], 0
     for got in result.trace:
         counts = shares([reward for _, reward in growing], width - len(finished))
+        read += sum(count > 0 for count in counts)
         new = [b for b in got if b.tokens not in [r for r, _ in finished]]
         for (reply, _), count in zip(growing, counts):
             inside, mine = dict(plain.nucleus(reply, top_p)), [b.tokens[-1] for b in new if b.tokens[:-1] == reply]
-            assert len(mine) == len(set(mine)) == min(count, len(inside)) and set(mine) <= inside.keys()
+            assert len(mine) == len(set(mine)) == min(count, len(inside)), f"of {len(inside)} tokens, {count} are to be drawn"
+            assert set(mine) <= inside.keys()
         rewards = {tuple(b.tokens): plain.reward(b.tokens) for b in new}
         assert all(b.reward == pytest.approx(rewards[tuple(b.tokens)], abs=1e-9) for b in new)
         finished += [(b.tokens, b.reward) for b in new if b.finished]
         growing = [(b.tokens, b.reward) for b in new if not b.finished]
+        assert [b.tokens for b in got] == [tokens for tokens, _ in finished + growing]
+    assert len(result.trace) == length or not growing
     assert (result.tokens, result.reward) == max(finished or growing, key=lambda x: x[1])
-    assert result.stats.reward_calls == plain.calls
+    assert result.stats.reward_calls == plain.calls and result.stats.policy_calls == read
 
 
 @pytest.mark.exercise(8, points=1)
 def test_another_seed_makes_rebase_draw_others(plain):
     assert found("rebase", plain, 3, seed=5).tokens == found("rebase", plain, 3, seed=5).tokens
     assert len({tuple(found("rebase", plain, 3, seed=seed).tokens) for seed in range(5)}) > 1
+
+
+@pytest.mark.exercise(8, points=1)
+def test_rebase_draws_in_proportion_to_the_policy(plain):
+    """First tokens of 400 searches of width 1 against the probabilities in the nucleus, which are far from equal."""
+    inside = dict(plain.nucleus([], 0.62))
+    counts = Counter(found("rebase", plain, 1, 0.62, length=1, seed=seed).tokens[0] for seed in range(400))
+    assert set(counts) <= inside.keys() and max(inside.values()) > 3 * min(inside.values())
+    for token, p in inside.items():
+        expected = 400 * p / sum(inside.values())
+        assert abs(counts[token] - expected) < 4 * math.sqrt(expected), f"token {token}: {counts[token]} times, not {expected:.0f}"
+
+
+@pytest.mark.exercise(8, points=1)
+def test_rebase_prefers_a_finished_reply_to_any_other(plain):
+    """Also where an unfinished one has a higher reward; that happens here."""
+    results = [found("rebase", plain, 4, length=5, seed=seed) for seed in range(20)]
+    ends = [[b for frontier in result.trace for b in frontier if b.finished] for result in results]
+    assert all(result.finished == bool(end) for result, end in zip(results, ends))
+    assert any(end and result.reward < max(b.reward for b in result.trace[-1]) for result, end in zip(results, ends))
+
+
+@pytest.mark.exercise(8, points=1)
+def test_rebase_has_one_generator(plain, monkeypatch):
+    """Seeded once: with a new one for each step, the steps would draw alike."""
+    made, generator = [], torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda *args: made.append(1) or generator(*args))
+    assert len(found("rebase", plain, 3).trace) > 1 and len(made) == 1
 
 
 @pytest.mark.parametrize("width", [1, 3])
