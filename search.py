@@ -229,9 +229,9 @@ def probabilities(logits, temperature):
 
 
 def nucleus(p, top_p):
-    """The paper's Eq. 2: the most likely tokens, as long as the mass *before* a token is below top_p (with top_p 1, all):
-    ids, most likely first. p: probabilities (V,). Equal ones stand by id, and the last of them may be left out; Eq. 2,
-    which adds up what is more likely, takes all of them.
+    """The paper's Eq. 2: the most likely tokens, as long as the mass *before* a token is below top_p (with top_p 1, all
+    that are possible): ids, most likely first, equal ones by id. p: probabilities (V,). (Of tokens exactly as likely as
+    the last one, those with higher ids are outside; Eq. 2 would have them too.)
 
     Sorting 50,000 numbers to find a handful is slow: the largest few are looked at first, and more of them only
     while they do not hold enough mass. All tokens as likely as the last of them are sorted too, so that ties go by id.
@@ -564,8 +564,9 @@ def rewarded(branches, rewards):
 
 
 def best(finished, children, width, beta):
-    """The next frontier: the `width` children with the highest reward + beta · log_prob, equal ones as they stand, with
-    beta > 0 of those that do not repeat themselves (of all, if all do); after that, what is finished stands first."""
+    """The next frontier: of `finished` and the `width` children with the highest reward + beta · log_prob (equal ones as
+    they stand; with beta > 0 of those that do not repeat themselves, or of all, if all do) the first `width`: finished
+    ones before unfinished, both by that score."""
     score = lambda branch: branch.reward + beta * branch.log_prob
     ranked = sorted(children, key=score, reverse=True)                      # stable: equal ones keep their order
     fresh = (branch for branch in ranked if not beta or not repeats_its_end(branch.tokens))
@@ -580,9 +581,9 @@ def repeats_its_end(tokens, n=NO_REPEAT):
 
 def candidates(logits, unseen, top_p, temperature):
     """Which tokens may follow which of n sequences: rows (m,) and tokens (m,), by row and then most likely first. Those
-    of a row are its nucleus without unseen tokens; if all of it is unseen, the most likely seen token. logits:
-    (n, V), unseen: bool (V,), or None where no token is. Raises BadInput when there is none: an MRM that saw
-    end-of-sequence only."""
+    of a row are its nucleus without unseen tokens; if all of it is unseen, the seen token with the highest logit. logits:
+    (n, V), unseen: bool (V,), or None where no token is. Raises BadInput when there is none, as with an MRM that saw
+    end-of-sequence only, where the reply may not end yet."""
     rows, tokens = [], []
     for i, p in enumerate(probabilities(logits, temperature)):
         inside = nucleus(p, top_p)

@@ -61,7 +61,7 @@ class TrieCache:
         self.waiting = []                       # nodes that no forward pass has read yet
         self.leaves = set()                     # nodes without children, but the root
         self.slots = self.mask = None           # of the pass under way: where keys are written, who looks where
-        self.free, self.used = [], 0            # slots given back (a heap), and the most that were in use at once
+        self.free, self.used = [], 0            # slots given back (a heap), and how many were ever handed out
         self.computed = self.cached = self.attended = 0
         config = model.config
         like = dict(dtype=model.dtype, device=model.device)
@@ -116,7 +116,7 @@ class TrieCache:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True)
 
     def take_slot(self):
-        """The lowest free slot; when none is left, all tensors double."""
+        """The lowest free slot, or else the next that was never used, for which all tensors may have to double."""
         if self.free:
             slot = heapq.heappop(self.free)
         else:

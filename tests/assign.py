@@ -79,30 +79,31 @@ lie in any order of slots, because their positions were rotated into them.""", [
 - `root.children` spells all that is stored: a node's `children` maps a token to the node after it. A prefix has one node
   (`TrieNode(token, slot, parent)` knows its depth), and each node but the root one slot, which no other node has.
 - `visible[i, j]` is true exactly if slot j belongs to slot i's node or to one above it. (A row is its parent's row and
-  one bit more; its slot may have belonged to another node before. Rows of free slots do not matter.)
+  one bit more, at the root just that bit; its slot may have belonged to another node before. Rows of slots given back do
+  not matter.)
 - New nodes stand in `waiting`, parents first, until `compute` has read them. `leaves` is the set of all nodes but the
   root without children.
-- `free` is a heap (heapq) of the slots given back, `used` how many were ever handed out. The lowest free slot is taken
-  first; when there is none, the next unused one, and if that is beyond the end of the tensors, `arena` (dimension 3),
-  `hidden` (0) and `visible` (both) double.
+- `free` is a heap (heapq) of the slots given back, `used` how many different slots were ever handed out. The lowest free
+  slot is taken first; when there is none, the next unused one, and if that is beyond the end of the tensors, `arena`
+  (dimension 3), `hidden` (0) and `visible` (both) double, with zeros in what is new.
 - `insert` adds to `cached` the tokens of the whole path, from the root to the node, that were there already.
 - `keep(nodes)` removes from each leaf upwards what is neither one of these nodes nor above one. Whoever still holds a
   removed node sees `node.slot is None`. (That no node may be waiting is a precondition: an assertion is enough.)"""),
     4: Exercise("nucleus candidates", "medium", ["search.py:nucleus", "search.py:candidates"], """
 **Read** the sections "distributions" and "the searches" of search.py; Holtzman et al. 2020 ([arXiv
-1904.09751](https://arxiv.org/abs/1904.09751)), section 3.1; in the paper, section 4.1 (Eq. 2) and
-4.3.
+1904.09751](https://arxiv.org/abs/1904.09751)), section 3.1; in the paper, sections 4.1
+(Eq. 2) and 4.3.
 
 **Write** both. The nucleus is the smallest set of most likely tokens whose mass reaches top_p:
 
     a_1, a_2, ... by falling probability, equal ones by id;   a_k is in the nucleus if p(a_1) + ... + p(a_(k−1)) < top_p
 
-A token of probability 0 never is; with top_p = 1 all others are, however their sum is rounded. (It is called on every row
-of every step, on a vocabulary of 50,000: a full sort is right, but slow. The original looks at the 64 largest first; then
-mind the ties.) Candidates of a sequence are the tokens of its nucleus that are not in V_unseen (which is None where no
-token is unseen); if none is left, the seen token with the highest score in `logits`, also at temperature 0; if all seen
-ones have the score −∞, BadInput ("the reward model has not seen any token that could come next ..."). `probabilities`
-gives p from scores; sums are in p's own precision."""),
+A token of probability 0 never is; with top_p = 1 all others are, however their sum is rounded. (It is called on every
+row of every step, on a vocabulary of 50,000: a full sort is right, but slow. This repository looks at the 64 largest
+first; then mind the ties.) Candidates of a sequence are the tokens of its nucleus that are not in V_unseen (which is
+None where no token is unseen); if none is left, the seen token with the highest score in `logits`, also at temperature
+0; if all seen ones have the score −∞, BadInput ("the reward model has not seen any token that could come next").
+`probabilities` gives p from scores; sums are torch's `cumsum` in p's own precision."""),
     5: Exercise("partial-supervision loss", "easy", ["mrm.py:partial_supervision_loss", "mrm.py:MRM.child_rewards"], """
 **Read** the first half of mrm.py; in the paper, section 4.2 (Eq. 5).
 
@@ -123,8 +124,7 @@ finds every extrapolation that is too high.
 
     M_cons(s)_a = −∞  for a in V_unseen,  M(s)_a  otherwise
 
-for any number of leading dimensions. Before you read on, say in a sentence why end-of-sequence
-must be a seen token."""),
+for any number of leading dimensions. Before you read on, say in a sentence why end-of-sequence must be a seen token."""),
     7: Exercise("the saffron step", "hard", ["search.py:saffron", "search.py:best"], """
 **Read** all of search.py: `side_by_side` (how a search asks to have things read), `beam` (which is given, and differs),
 `candidates`, `extend`, `rewarded`; in the paper, section 4.1 (Eq. 3).
@@ -132,23 +132,23 @@ must be a seen token."""),
 **Write** the search and the choice of its next frontier. It begins with the empty reply; then, for the frontier F of at
 most N = width sequences:
 
-1. Ask policy and MRM, in one `yield`, about the unfinished sequences s of F. `next_logits` makes scores of the policy's
-   answer.
-2. C = all s·a with a in `candidates`, as they come. M(s)_a of these entries and no others (`child_rewards`) is the
-   branch's `reward`; its `log_prob` is log π(s·a) = log π(s) + log π(a | s), where π is the softmax of all scores of
-   `next_logits`, at temperature 1.
+1. Ask policy and MRM, in one `yield`, about the unfinished sequences s of F. Both answer with a hidden state for each
+   s. `next_logits` makes scores of the policy's.
+2. C = all s·a with a in `candidates`, as they come. M(s)_a of these entries and no others (`child_rewards`, from the
+   hidden state of each entry's s) is the branch's `reward`; its `log_prob` is log π(s·a) = log π(s) + log π(a | s),
+   where π is the softmax of all scores of `next_logits`, at temperature 1.
 3. score(s·a) = M(s)_a + beta · log π(s·a). With beta > 0, strike from C what repeats itself (`repeats_its_end`), unless
    all of C does. Take the N with the highest score; equal ones in the order of C.
-4. Add the finished sequences of F before them, and sort: finished ones before unfinished, each by score, equal ones as
-   they stand. The first N are the next frontier; append it to `trace`.
+4. Add the finished sequences of F before them, and sort: finished ones before unfinished, within each group by score,
+   equal ones as they stand. The first N are the next frontier; append it to `trace`.
 
 The search ends after max_new_tokens steps, or when all of F are finished; the reply is the first of the last frontier.
 
 With a guard as `reward_model` (`kind_of` tells), which predicts nothing, no token is unseen, and the guard reads the
 children themselves: the first `yield` asks the policy alone, `_, rewards = yield [], children` the guard.""", ["bench.py:reference"]),
     8: Exercise("reward-balanced search", "hard", ["search.py:rebase", "search.py:shares"], """
-**Read** `beam` and `best_of_n` in search.py; Wu et al. 2024 ([arXiv 2408.00724](https://arxiv.org/abs/2408.00724)),
-section 3.
+**Read** `beam`, `best_of_n`, `sample` and `draw` in search.py; Wu et al. 2024 ([arXiv
+2408.00724](https://arxiv.org/abs/2408.00724)), section 3.
 
 **Write** the search and the sharing. It begins with the empty reply, whose reward is 0; then at most max_new_tokens
 times, for the unfinished sequences s_1 … s_n with rewards R_i:
@@ -159,9 +159,10 @@ times, for the unfinished sequences s_1 … s_n with rewards R_i:
        count_i = exact_i rounded down; what is left of B goes, one each, to those that lost most (equal ones: the first)
 
 2. Ask the policy about those with count_i > 0; the others are dropped.
-3. Each of them draws count_i *different* tokens from its nucleus, in proportion to their probabilities (as many as it holds,
-   if it holds fewer), with one `torch.Generator` for the whole search, seeded by `seed`.
-4. The guard reads each new sequence once. What ends is finished and stays out of later steps.
+3. Each of them draws count_i *different* tokens from its nucleus (as many as it holds, if it holds fewer), in proportion
+   to what `probabilities` makes of the policy's scores at the search's `temperature`, with one `torch.Generator` for the
+   whole search, seeded by `seed`.
+4. The guard reads all new sequences, each once, in one `yield`. What ends is finished and stays out of later steps.
 5. The frontier, to be appended to `trace`, is all finished ones and then the unfinished, both in the order they came in.
 
 The search ends early when nothing is unfinished, or as many are finished as the width. The finished sequence with the
@@ -171,9 +172,9 @@ highest R is the reply; if there is none, the unfinished one with the highest.""
 corpus. Words that would make better replies are forbidden, and a token with three occurrences is trusted like one with a
 thousand. Find a rule that keeps replies as safe and makes them more fluent, or refuses less.
 
-**Where.** `candidates` in search.py applies the mask; `new_reward_model` in train_mrm.py makes it (`--min_count`). Ideas: a
-reward that is lowered by the uncertainty of a token's bias; a bound by the nearest seen token in the unembedding; trusting
-an unseen token where the *guard* confirms it, and counting that call.
+**Where.** `candidates` in search.py applies the mask; `new_reward_model` in train_mrm.py makes it (`--min_count`).
+Ideas: a reward that is lowered by the uncertainty of a token's bias; a bound by the nearest seen token in the
+unembedding; trusting an unseen token where the *guard* confirms it, and counting that call.
 
 **Measure** on data/prompts/harmful_dev.jsonl and harmless_dev.jsonl at widths 1, 4 and 16, with the README's command for
 its table; use the test files once, at the end.
@@ -263,7 +264,8 @@ def handout(numbers):
 Each exercise leaves some functions of this repository to you: their bodies are `raise NotImplementedError`, signature and
 docstring say what they must do. Change these bodies (with helper functions of your own, if you like),
 and nothing else. "The paper" is Qiu et al. 2025, "Saffron-1"
-([arXiv 2506.06444](https://arxiv.org/abs/2506.06444)). (README.md names some tests that are not in this copy.) To grade
+([arXiv 2506.06444](https://arxiv.org/abs/2506.06444)). (README.md counts
+the lines of the whole repository, and names some tests that are not in this copy.) To grade
 exercise N:
 
     pip install -r requirements.txt

@@ -97,7 +97,7 @@ def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_
     for frontier in result.trace:
         scores = [branch.reward + 0.5 * branch.log_prob for branch in frontier]
         assert scores == sorted(scores, reverse=True)
-    assert any([b.reward for b in f] != sorted((b.reward for b in f), reverse=True) for f in result.trace)
+    assert any([b.reward for b in f] != sorted((b.reward for b in f), reverse=True) for f in result.trace), "beta changes no order"
     anything = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)                   # of which no token is unseen
     assert saffron(tiny_policy, anything, prompt, width=1, beta=100.0, **options).tokens == none(
         tiny_policy, None, prompt, **options).tokens
@@ -222,7 +222,7 @@ def test_a_nucleus_is_the_smallest_set_of_most_likely_tokens(seed):
         assert mass >= top_p - 1e-9 and mass - p[inside[-1]] < top_p + 1e-9
         assert not outside.any() or p[inside].min() >= p[outside].max()
         last = inside[p[inside] == p[inside].min()].max()                           # of tokens as likely as the last,
-        assert not (outside & (p == p[last]))[:last].any()                          # those with the lowest ids are inside
+        assert not (outside & (p == p[last]))[:last].any(), "of equal ones, those with lower ids come first"
         keys = [(-x, i) for x, i in zip(p[inside].tolist(), inside.tolist())]
         assert keys == sorted(keys)
 
@@ -583,7 +583,8 @@ def test_rebase_prefers_a_finished_reply_to_any_other(plain):
     results = [found("rebase", plain, 4, length=5, seed=seed) for seed in range(20)]
     ends = [[b for frontier in result.trace for b in frontier if b.finished] for result in results]
     assert all(result.finished == bool(end) for result, end in zip(results, ends))
-    assert any(end and result.reward < max(b.reward for b in result.trace[-1]) for result, end in zip(results, ends))
+    assert any(end and result.reward < max(b.reward for b in result.trace[-1]) for result, end in zip(results, ends)), (
+        "in none of 20 searches has an unfinished sequence a higher reward than the finished reply")
 
 
 @pytest.mark.exercise(8, points=1)
