@@ -74,7 +74,7 @@ class ForwardPass:
 class Result:
     tokens: list                        # the reply, without the prefill
     text: str                           # the same as text; empty when the policy has no vocabulary
-    reward: float | None                # the reward that the search chose it by; None for method none
+    reward: float | None                # of the reply, as the search saw it (see Branch); None for method none
     finished: bool
     stats: Stats
     trace: list                         # trace[t]: the frontier after t + 1 steps, a list of Branches
@@ -258,13 +258,15 @@ def side_by_side(*kinds, temperature=1.0):
 
     The generator is called as steps(policy, reward_model, trace, **those of a search's options that it names). It yields
     two lists: the branches that the policy shall read, and those that the reward model shall, and perhaps a third:
-    branches that it will go on from later. (Of all others, the paths are forgotten.) It is sent two answers: the final
-    hidden states of the first list, (n, d), and of the second, of which a guard answers with rewards instead, (n,). It
-    appends each frontier it comes to, a list of branches, to `trace`, and returns the branch that won.
+    branches that it will go on from later. (A model that is asked forgets the paths of all others.) It is sent two answers
+    (one, where there is no reward model): the final hidden states of the first list, (n, d), and of the second, of which
+    a guard answers with rewards instead, (n,). It appends each frontier it comes to, a list of branches, to `trace`, and
+    returns the branch that won.
 
     The function made of it takes a prompt, or a list of prompts, whose searches then go on in lockstep: what all of
     them want read is read in one forward pass, for policy and reward model together where these differ in LoRA only.
-    Each prompt has tries of its own, so its reply and its stats (but the seconds) are the same as if it were alone.
+    Each prompt has tries of its own, so its reply and its stats (but the seconds) are the same as if it were alone, as far
+    as rounding allows: in bfloat16, a batch of another size may decide a draw.
     """
     def decorate(steps):
         named = inspect.signature(steps).parameters
@@ -370,7 +372,7 @@ def best_of_n(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, to
 def beam(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature):
     """Beam search over tokens with the guard as process reward model: of all tokens in the nuclei of all sequences, the
     `width` whose sequences have the highest R stay, finished or not. Every candidate costs a guard call, which is the
-    exploration-efficiency dilemma of the paper. (saffron with a guard differs in that finished sequences stand first.)
+    exploration-efficiency dilemma of the paper. (saffron with a guard, at beta 0, differs in that finished ones stand first.)
     Deterministic."""
     frontier = [Branch()]
     for length in range(max_new_tokens):
@@ -516,11 +518,11 @@ def mcts(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
 def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, beta):
     """Tree search for the highest reward of each next token, the paper's Saffron-1. Deterministic.
 
-    A step asks the policy and the MRM once for each unfinished sequence s of the frontier (all in one forward pass),
-    takes the tokens a of the policy's nucleus that are not in V_unseen as candidates, and keeps the `width` sequences
-    s·a with the highest M(s)_a (the paper's Eq. 2, 7 and 3); equal ones by frontier order, then by the policy's
-    probability. One that ends is finished: it stays, and stands before the unfinished. The first of the last frontier is
-    the reply.
+    A step asks the policy and the MRM once for each unfinished sequence s of the frontier (all in one forward pass, if
+    they have a base model in common), takes the tokens a of the policy's nucleus that are not in V_unseen as candidates
+    (the likeliest seen token, if none is left), and keeps the `width` sequences s·a with the highest M(s)_a (the paper's
+    Eq. 2, 7 and 3); equal ones by frontier order, then by the policy's probability. One that ends is finished: it stays,
+    and stands before the unfinished. The first of the last frontier is the reply.
 
     beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's probability of
     the whole reply so far: where many replies are about equally safe, what the policy would say decides. (This is the

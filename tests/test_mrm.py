@@ -83,9 +83,8 @@ def test_gradient_touches_the_adapter_only(new_mrm):
 
 
 @pytest.mark.exercise(5, points=1)
-def test_an_unseen_token_gets_no_gradient(new_mrm):
-    """The paper's Proposition 1 (Eq. 6): the biases of tokens that never follow anything do not learn, all others do. So what
-    M says of an unseen token means nothing."""
+def test_the_bias_of_an_unseen_token_does_not_learn(new_mrm):
+    """The paper's Proposition 1 (Eq. 6): the biases of tokens that never follow anything do not learn, all others do."""
     tokens = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(1))
     hidden = new_mrm.llama(tokens)[:, :-1].flatten(0, 1)
     children = tokens[:, 1:].flatten()

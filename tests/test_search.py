@@ -252,7 +252,7 @@ def test_with_top_p_1_a_nucleus_is_all_that_is_possible():
 def test_a_nucleus_is_that_of_the_paper(seed):
     """Eq. 2: a is inside where the probabilities of all tokens more likely than a sum to less than top_p. Where other
     tokens are just as likely as the last one, Eq. 2 takes all of them."""
-    p = torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(2).softmax(-1)
+    p = torch.randn(600, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(2).softmax(-1)
     mass_above = torch.stack([p[p > x].sum() for x in p])
     for top_p in (0.01, 0.3, 0.8, 0.99):
         assert set(nucleus(p, top_p).tolist()) == set((mass_above < top_p).nonzero().flatten().tolist())
