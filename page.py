@@ -2,8 +2,8 @@
 The search as a page that one can look at: what `python sample.py --html tree.html` writes.
 
 A tree has a node for each prefix that ever stood in a frontier of the search's trace, and node 0 for the prompt. To
-each belong the policy's and the MRM's favourite next tokens, for which both read the finished tree once
-more. page.html draws it; the file written is page.html with the trees in it, and needs nothing else.
+each belong the policy's and the MRM's favourite next tokens, for which both read the finished tree once more.
+page.html draws it; the file written is page.html with the trees in it, and needs nothing else.
 """
 
 import json
@@ -58,8 +58,8 @@ def tree(result, prompt, policy, mrm):
                 given_back[node] = one.step + 1
     columns = favourites(parent, token, prompt, policy, mrm)
     return {"parent": parent, "token": token, "first": first, "last": last, "given_back": given_back,
-            "found": [round(r, 2) if r is not None and math.isfinite(r) else None for r in found], "reply": node_of(result.tokens), **columns,
-            "costs": costs(result)}
+            "found": [round(r, 2) if r is not None and math.isfinite(r) else None for r in found],
+            "reply": node_of(result.tokens), **columns, "costs": costs(result)}
 
 
 def favourites(parent, token, prompt, policy, mrm):

@@ -205,6 +205,12 @@ def check_vocabulary(policy, other):
                        "vocabularies; they must share one")
 
 
+def check_numbers(values, giving):
+    """Raises BadInput where a value is not a number. giving: who gives what."""
+    if values.isnan().any():
+        raise BadInput(f"{giving} that are not numbers; its weights, or their dtype, are to blame")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # distributions over the next token
 
@@ -213,8 +219,7 @@ def next_logits(policy, hidden, length, min_new_tokens):
     `length` tokens) are shorter than min_new_tokens, end-of-sequence has the score -inf. Raises BadInput for scores that
     are not numbers."""
     logits = policy.logits(hidden)
-    if logits.isnan().any():
-        raise BadInput(f"{policy.config.name} gives scores that are not numbers; its weights, or their dtype, are to blame")
+    check_numbers(logits.amax(-1), f"{policy.config.name} gives scores")           # a nan stays one in amax, which is quick
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if length < min_new_tokens:
         logits[:, list(policy.config.eos_token_ids)] = -math.inf
@@ -558,8 +563,7 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
 
 def rewarded(branches, rewards):
     """The branches, each with its reward: (m,). Raises BadInput for rewards that are not numbers."""
-    if rewards.isnan().any():
-        raise BadInput("the reward model gives rewards that are not numbers; its weights, or their dtype, are to blame")
+    check_numbers(rewards, "the reward model gives rewards")
     for branch, reward in zip(branches, rewards.tolist()):
         branch.reward = reward
     return branches

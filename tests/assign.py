@@ -311,10 +311,11 @@ def write_copy(out, numbers):
         for path in TESTS:
             (copy / path).write_text(exercise_tests((ROOT / path).read_text(encoding="utf-8")), encoding="utf-8")
         for n in numbers:
-            for functions, note in ((EXERCISES[n].functions, ""), (EXERCISES[n].shown_by, " (not to be written)")):
-                for file, name in (function.split(":") for function in functions):
-                    source = (copy / file).read_text(encoding="utf-8")
-                    (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}{note}"), encoding="utf-8")
+            for function in EXERCISES[n].functions + EXERCISES[n].shown_by:
+                file, name = function.split(":")
+                note = "" if function in EXERCISES[n].functions else " (not to be written)"
+                source = (copy / file).read_text(encoding="utf-8")
+                (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}{note}"), encoding="utf-8")
         (copy / "HANDOUT.md").write_text(handout(numbers), encoding="utf-8")
         for path in copy.iterdir():                             # all is written by now, and has only to be renamed
             out.mkdir(exist_ok=True)

@@ -26,12 +26,10 @@ def run_tests(folder, *options):
 def copies(tmp_path_factory):
     """For each exercise, the results of a copy that lacks it alone; for 0, those of one that lacks nothing."""
     folder = tmp_path_factory.mktemp("copies")
-
-    def write_and_run(n):
+    for n in (0, *GRADED):                      # in one thread: in two at once, ast.parse of Python 3.11 may fail
         assign.write_copy(folder / str(n), [n] if n else [])
-        return run_tests(folder / str(n))[0]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip([0, *GRADED], pool.map(write_and_run, [0, *GRADED])))
+        return dict(zip([0, *GRADED], pool.map(lambda n: run_tests(folder / str(n))[0], [0, *GRADED])))
 
 
 @pytest.mark.slow
