@@ -5,32 +5,37 @@ How fast the search is, and how near it comes to what this machine's memory allo
     python bench.py --length                seconds and memory against the length of the reply, width 4
     python bench.py --prompt_length         the same against the length of the prompt
     python bench.py --prompts 8             eight prompts side by side against one after another, width 4
+    python bench.py --busy                  a search alone, beside another busy process, and two at once, width 4
     python bench.py --safety rebase         another search than saffron
     python bench.py --plot speed.png        seconds per step against width and against length, drawn
     python bench.py --profile               the ten costliest operators at width 4
 
-"copies" is the same search as it is commonly written: the policy's forward pass, then the MRM's, each with a batch in
-which every sequence of the frontier has keys and values of its own, and all of M(s); only saffron is written so. "KV MB" is keys and values in use,
-of either. "of limit" is the share of what memory bandwidth allows where each model reads its own weights at each step:
-the bytes of both / the bandwidth, which is measured at the start / the seconds of a step. Weights that both share are
-counted twice, so that sharing shows as a gain.
+"copies" is the search of saffron.py, as it is commonly run: the policy's forward pass, then the MRM's, each
+with a batch in which every sequence of the frontier has keys and values of its own, and all of M(s). "KV MB"
+is keys and values in use, of either. "of limit" is the share of what memory bandwidth allows where each model
+reads its own weights at each step: the bytes of both / the bandwidth, which is measured at the start / the
+seconds of a step. Weights that both share are counted twice, so that sharing shows as a gain.
 """
 
 import functools
 import importlib.util
+import io
 import json
+import multiprocessing
 import platform
-import sys
 import time
 from argparse import ArgumentTypeError
 from pathlib import Path
 
+from files import BadInput, Parser, at_least_1, check_output, run, write_file
+
 import torch
 import torch.nn.functional as F
 
-from model import DTYPES, BadInput, Parser, at_least_1, write_file
-from sample import DEFAULT, PROMPT, load_models
-from search import SEARCHES, Branch, candidates, extend, next_logits
+from mrm import MRM, Guard
+from sample import add_model_options, load_models
+from saffron import PROMPT, saffron
+from search import SEARCHES
 
 WIDTHS, LENGTHS, PROMPT_LENGTHS = [1, 4, 16, 64], [32, 64, 128, 256, 512], [32, 128, 512, 2048]
 WIDTH, LENGTH = 4, 32                       # where the other one is swept
@@ -39,59 +44,30 @@ COLUMNS = {"width": "d", "prompt": "d", "new": "d", "seconds": ".2f", "copies": 
 
 
 class CopyCache:
-    """Keys and values of a batch of sequences of equal length, each with a copy of its own."""
+    """Hidden states of sequences of equal length, each of which goes on by a token from one of the last call
+    and has a copy of its keys and values."""
 
     def __init__(self, model):
-        self.model, self.layers, self.peak_bytes = model, {}, 0
+        self.model, self.rows, self.layers, self.peak_bytes = model, {(): 0}, {}, 0
 
-    def attend(self, layer, q, k, v):                       # (B, heads, T, head_dim); all T of a row are new
-        if layer in self.layers:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
-        self.layers[layer] = k, v                                               # (B, kv_heads, S, head_dim) each
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-    @torch.no_grad()
-    def read(self, tokens, parents):
-        """Final hidden states after one more step: row i goes on from row parents[i]. (B, T) -> (B, d)."""
+    def __call__(self, sequences):
+        """As saffron.states: n token lists -> (n, d)."""
+        known = len(next(iter(self.rows)))                  # tokens of each sequence that were read before
+        parents = [self.rows[tuple(sequence[:known])] for sequence in sequences]
         self.layers = {layer: (k[parents], v[parents]) for layer, (k, v) in self.layers.items()}
-        known = self.layers[0][0].shape[2] if self.layers else 0
+        tokens = torch.tensor([sequence[known:] for sequence in sequences], device=self.model.device)
         positions = torch.arange(known, known + tokens.shape[1], device=tokens.device)[None]
         hidden = self.model(tokens, positions, self)[:, -1]
+        self.rows = {tuple(sequence): i for i, sequence in enumerate(sequences)}
         self.peak_bytes = max(self.peak_bytes, sum(k.nbytes + v.nbytes for k, v in self.layers.values()))
         return hidden
 
-
-@torch.no_grad()
-def reference(policy, mrm, prompt, width, max_new_tokens, min_new_tokens, top_p=0.8):
-    """The search of search.py on CopyCaches: (reply, seconds, peak KV bytes)."""
-    started = time.perf_counter()
-    ints = lambda rows: torch.tensor(rows, device=policy.device)
-    caches = CopyCache(policy), CopyCache(mrm.llama)
-    new = [ints([context]) for context in (prompt.policy_tokens(policy.template), prompt.reward_tokens(mrm.template))]
-    frontier, growing, parents = [], [Branch()], ints([0])
-    for length in range(max_new_tokens):
-        h_policy, h_mrm = (cache.read(tokens, parents) for cache, tokens in zip(caches, new))
-        logits, m_cons = next_logits(policy, h_policy, length, min_new_tokens), mrm.conservative_rewards(h_mrm)
-        rows, tokens = candidates(logits, mrm.unseen, top_p, 1.0)
-        pool = [(extend(policy, growing[i], token), i) for i, token in zip(rows.tolist(), tokens.tolist())]
-        for (branch, _), reward in zip(pool, m_cons[rows, tokens].tolist()):
-            branch.reward = reward
-        best = sorted(pool, key=lambda item: -item[0].reward)[:width]
-        frontier = [(branch, None) for branch, _ in frontier if branch.finished] + best
-        frontier = sorted(frontier, key=lambda item: (not item[0].finished, -item[0].reward))[:width]
-        growing = [branch for branch, _ in frontier if not branch.finished]
-        if not growing:
-            break
-        parents = ints([i for branch, i in frontier if not branch.finished])
-        new = [ints([[branch.tokens[-1]] for branch in growing])] * 2
-    return frontier[0][0].tokens, time.perf_counter() - started, sum(cache.peak_bytes for cache in caches)
-
-
-def weight_bytes(llama):
-    """Bytes of the weights that a step reads: all but an embedding that is not the head as well."""
-    embedding = llama.model.embed_tokens.weight
-    return sum(p.nbytes for p in llama.parameters() if p is not embedding or p is llama.lm_head.weight)
+    def attend(self, layer, q, k, v):                       # (n, heads, T, head_dim); all T of a row are new
+        if layer in self.layers:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
+        self.layers[layer] = k, v                                            # (n, kv_heads, S, head_dim) each
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 def bandwidth(device):
@@ -104,7 +80,13 @@ def bandwidth(device):
     return best
 
 
-def prompt_of(policy, length):
+def weight_bytes(llama):
+    """Bytes of the weights that a step reads: all but the embedding, unless that is the head too."""
+    embedding = llama.model.embed_tokens.weight
+    return sum(p.nbytes for p in llama.parameters() if p is not embedding or p is llama.lm_head.weight)
+
+
+def prompt_of(policy, length=None):
     """The built-in prompt, or a prompt of that many tokens, template included: its words over and over."""
     prompt = policy.tokenizer.prompt(PROMPT)
     if length is not None:
@@ -115,38 +97,30 @@ def prompt_of(policy, length):
     return prompt
 
 
-def measure(method, policy, reward_model, speed, width, new, length=None):
-    """A row of the table: one search, and of saffron the reference on the same prompt. No reply ends early."""
-    prompt = prompt_of(policy, length)
-    stats = SEARCHES[method][0](policy, reward_model, prompt, width=width, max_new_tokens=new, min_new_tokens=new).stats
-    step, seconds, ratio, copies = stats.seconds / new, None, None, None
-    if method == "saffron":
-        _, seconds, copies = reference(policy, reward_model, prompt, width, new, new)
-        ratio, copies = stats.seconds / seconds, copies / 1e6
-    limit = bytes_of(policy, reward_model) / speed
-    return dict(zip(COLUMNS, (width, len(prompt.policy_tokens(policy.template)), new, stats.seconds, seconds, ratio,
-                              step * 1e3, stats.tokens_computed, stats.tokens_cached, stats.peak_kv_bytes / 1e6, copies,
-                              limit / step)))
+def timed_row(search, policy, reward_model, limit, width, new, length=None):
+    """A row of the table: one search and, of saffron, the copies on the same prompt. No reply ends early.
+    limit: seconds that a step takes at least."""
+    prompt, copies, copies_bytes = prompt_of(policy, length), None, None
+    stats = search(policy, reward_model, prompt, width=width, max_new_tokens=new, min_new_tokens=new).stats
+    if isinstance(reward_model, MRM):
+        caches, started = (CopyCache(policy), CopyCache(reward_model.llama)), time.perf_counter()
+        saffron(policy, reward_model, prompt, width, new, new, read=caches)
+        copies, copies_bytes = time.perf_counter() - started, sum(cache.peak_bytes for cache in caches)
+    return {"width": width, "prompt": len(prompt.policy_tokens(policy.template)), "new": new,
+            "seconds": stats.seconds, "copies": copies, "ratio": copies and stats.seconds / copies,
+            "ms/step": stats.seconds / new * 1e3, "computed": stats.tokens_computed, "cached": stats.tokens_cached,
+            "KV MB": stats.peak_kv_bytes / 1e6, "copies MB": copies_bytes and copies_bytes / 1e6,
+            "of limit": limit * new / stats.seconds}
 
 
-def bytes_of(policy, reward_model):
-    """Bytes of the weights of both, each by itself."""
-    return weight_bytes(policy) + (weight_bytes(reward_model.llama) if hasattr(reward_model, "llama") else 0)
-
-
-def table(measure_one, cases):
-    """Measure (width, new tokens, prompt length) after (width, ...), and print each row when it is there."""
-    print("".join(f"{name:>11}" for name in COLUMNS))
-    rows = []
-    for case in cases:
-        rows.append(measure_one(*case))
-        print("".join(f"{'–' if row is None else format(row, form):>11}" for row, form in zip(rows[-1].values(), COLUMNS.values())),
-              flush=True)
-    return rows
+def print_row(row):
+    cells = ("–" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items())
+    print("".join(f"{cell:>11}" for cell in cells), flush=True)
 
 
 def plot(path, rows):
-    """Seconds per step against the width (rows of LENGTH new tokens) and against the length (rows of WIDTH)."""
+    """Seconds per step against the width (rows of LENGTH new tokens) and against the length (rows of
+    WIDTH)."""
     import matplotlib
     matplotlib.use("Agg")                                   # draws to a file, needs no display
     import matplotlib.pyplot as plt
@@ -163,30 +137,59 @@ def plot(path, rows):
         axis.minorticks_off()
     axes[0].set_ylabel("seconds per step")
     axes[0].legend()
-    write_file(path, lambda partial: figure.savefig(partial, format=path.suffix[1:]))
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:])
+    write_file(path, content.getvalue())
 
 
-def profile(search, policy):
-    """Print the ten operators that take the most time, themselves, in a search of width 4."""
-    from torch.profiler import ProfilerActivity
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (policy.device.type == "cuda")
-    with torch.profiler.profile(activities=activities) as profiler:
-        search(prompt_of(policy, None), width=WIDTH, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+def profile(search, prompt):
+    """Print the ten operators that take the most time, themselves."""
+    with torch.profiler.profile() as profiler:
+        search(prompt)
     events = profiler.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:10]:
-        print(f"{event.key[:50]:50} {event.self_cpu_time_total / 1e3:8.0f} ms  {event.self_cpu_time_total / total:4.0%}  "
-              f"{event.count:6d} calls")
+        print(f"{event.key[:50]:50} {event.self_cpu_time_total / 1e3:8.0f} ms  {event.self_cpu_time_total / total:4.0%}"
+              f"  {event.count:6d} calls")
 
 
-def side_by_side(search, policy, count):
+def compare_batch(search, policy, count):
     """Print what so many prompts cost, one after another and all in one search."""
     prompts = [prompt_of(policy, 40 + i) for i in range(count)]
-    options = dict(width=WIDTH, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
-    alone = sum(search(prompt, **options).stats.seconds for prompt in prompts)
-    together = search(prompts, **options)[-1].stats.seconds
-    print(f"{count} prompts, width {WIDTH}, {LENGTH} new tokens: one after another {alone:.2f} s, side by side {together:.2f} s, "
-          f"ratio {together / alone:.2f}")
+    alone = sum(search(prompt).stats.seconds for prompt in prompts)
+    together = search(prompts)[-1].stats.seconds
+    print(f"{count} prompts, width {WIDTH}, {LENGTH} new tokens: one after another {alone:.2f} s, side by side "
+          f"{together:.2f} s, ratio {together / alone:.2f}")
+
+
+def compare_busy(search, policy, args):
+    """Print what a search costs alone, beside a process that keeps a core busy, and beside another that
+    searches."""
+    prompt, seconds = prompt_of(policy), {}
+    for name, other in (("alone", None), ("beside a busy process", spin), ("two searches at once", keep_searching)):
+        started = multiprocessing.get_context("spawn").Event()
+        process = other and multiprocessing.get_context("spawn").Process(target=other, args=(started, args), daemon=True)
+        if process:
+            process.start()
+            started.wait()
+        seconds[name] = min(search(prompt).stats.seconds for _ in range(5))
+        if process:
+            process.kill()
+        print(f"{name}: {seconds[name] / LENGTH * 1e3:.0f} ms a step, {seconds[name] / seconds['alone']:.2f} times alone")
+
+
+def spin(started, args):
+    started.set()
+    while True:
+        pass
+
+
+def keep_searching(started, args):
+    policy, _, _, reward_models = load_models(args, [args.safety])
+    while True:
+        SEARCHES[args.safety].search(policy, reward_models[args.safety], prompt_of(policy), width=WIDTH,
+                                     max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+        started.set()
 
 
 def numbers(text):
@@ -195,63 +198,66 @@ def numbers(text):
     return [int(n) for n in text.split(",")]
 
 
-def main():
+def parse_arguments():
     parser = Parser(description="How fast the search is.")
     add = parser.add_argument
-    add("--width", type=numbers, default=WIDTHS, metavar="N,N", help="widths of the table (default: 1,4,16,64)")
+    add("--width", type=numbers, metavar="N,N", help="widths of the table (default: 1,4,16,64)")
     add("--length", type=numbers, nargs="?", const=LENGTHS, metavar="N,N", help="reply lengths, at width 4 or --width")
     add("--prompt_length", type=numbers, nargs="?", const=PROMPT_LENGTHS, metavar="N,N", help="the same of prompts")
     add("--prompts", type=at_least_1, metavar="N", help="so many prompts side by side, and one after another")
+    add("--busy", action="store_true", help="a search alone, beside a busy process, and two at once")
     add("--plot", type=Path, metavar="FILE", help="draw the table and the sweep of --length: .png, .svg or .pdf")
-    add("--profile", action="store_true")
+    add("--profile", action="store_true", help="the ten costliest operators")
     add("--out", type=Path, metavar="FILE", help="write the table as JSON too")
     add("--safety", choices=list(SEARCHES), default="saffron", help="the search (default: saffron)")
-    for name, path in (("policy", ""), ("mrm_base", ""), ("mrm", "mrm.safetensors"), ("guard", "guard.safetensors")):
-        add(f"--{name}", default=DEFAULT / path, metavar="PATH")
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--device", default="cpu")
+    add_model_options(add)
     args = parser.parse_args()
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     for path in filter(None, (args.plot, args.out)):        # before the measurements, not after them
-        if not path.parent.is_dir():
-            parser.error(f"{path.parent} is no folder")
+        check_output(path)
+    return args
+
+
+def main():
+    args = parse_arguments()
     policy, _, _, reward_models = load_models(args, [args.safety])
     reward_model = reward_models[args.safety]
-    search = functools.partial(SEARCHES[args.safety][0], policy, reward_model)
-    search(prompt_of(policy, None), width=2, max_new_tokens=2)                          # the first calls are slower
+    search = functools.partial(SEARCHES[args.safety].search, policy, reward_model, width=WIDTH, max_new_tokens=LENGTH,
+                               min_new_tokens=LENGTH)
+    search(prompt_of(policy), width=2, max_new_tokens=2)                          # the first calls are slower
     if args.profile:
-        return profile(search, policy)
+        return profile(search, prompt_of(policy))
     if args.prompts:
-        return side_by_side(search, policy, args.prompts)
+        return compare_batch(search, policy, args.prompts)
+    if args.busy:
+        return compare_busy(search, policy, args)
+    size = weight_bytes(policy) + (weight_bytes(reward_model.llama) if isinstance(reward_model, (MRM, Guard)) else 0)
     speed = bandwidth(args.device)
     machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
                f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {args.dtype} on {args.device}")
-    print(f"{machine}\n{args.safety}; memory bandwidth {speed / 1e9:.1f} GB/s; weights {bytes_of(policy, reward_model) / 1e9:.2f} GB")
-    swept = args.width if args.width is not WIDTHS else [WIDTH]
-    lengths = [(w, n) for w in swept for n in args.length or LENGTHS]
-    widths = [(w, LENGTH) for w in args.width]
+    print(f"{machine}\n{args.safety}; memory bandwidth {speed / 1e9:.1f} GB/s; weights {size / 1e9:.2f} GB")
+    print("".join(f"{name:>11}" for name in COLUMNS))
+    lengths = [(w, n) for w in args.width or [WIDTH] for n in args.length or LENGTHS]
+    widths = [(w, LENGTH) for w in args.width or WIDTHS]
     if args.plot:
         cases = widths + [case for case in lengths if case not in widths]
     elif args.prompt_length:
-        cases = [(w, LENGTH, n) for w in swept for n in args.prompt_length]
+        cases = [(w, LENGTH, n) for w in args.width or [WIDTH] for n in args.prompt_length]
     else:
         cases = lengths if args.length else widths
-    rows = table(functools.partial(measure, args.safety, policy, reward_model, speed), cases)
+    rows = []
+    for case in cases:
+        rows.append(timed_row(SEARCHES[args.safety].search, policy, reward_model, size / speed, *case))
+        print_row(rows[-1])
     if args.out:
-        text = json.dumps({"safety": args.safety, "machine": machine, "bandwidth": speed, "rows": rows}, indent=1) + "\n"
-        write_file(args.out, lambda partial: partial.write_text(text))
+        report = {"safety": args.safety, "machine": machine, "bandwidth": speed, "rows": rows}
+        write_file(args.out, json.dumps(report, indent=1) + "\n")
     if args.plot:
         plot(args.plot, rows)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

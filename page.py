@@ -1,18 +1,19 @@
 """
 The search as a page that one can look at: what `python sample.py --html tree.html` writes.
 
-A tree has a node for each prefix that ever stood in a frontier of the search's trace, and node 0 for the prompt. To
-each belong the policy's and the MRM's favourite next tokens, for which both read the finished tree once more.
-page.html draws it; the file written is page.html with the trees in it, and needs nothing else.
+A tree has a node for each prefix that ever stood in a frontier of the search's trace, and node 0 for the
+prompt. To each belong the policy's and the MRM's favourite next tokens, for which both read the finished tree
+once more. page.html draws it; the file written is page.html with the trees in it, and needs nothing else.
 """
 
 import json
 import math
 from pathlib import Path
 
+from files import write_file
+
 import torch
 
-from model import write_file
 from trie_cache import TrieCache, compute
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
@@ -21,7 +22,6 @@ TOKENS = 512                # so many are read in one forward pass: its mask has
 ROWS = 64                   # so many rows of the vocabulary's size are held at once
 
 
-@torch.no_grad()
 def tree(result, prompt, policy, mrm):
     """The search tree of a Result as columns, of which entry i belongs to node i, parents before children:
 
@@ -33,59 +33,58 @@ def tree(result, prompt, policy, mrm):
     p               π(a | s), at temperature 1
     policy, mrm     the favourite next tokens: [[token, π], ...] and [[token, M], ...], V_unseen included
     """
-    index, parent, token, found = {}, [-1], [None], [None]      # (parent, token) -> node
-    first, last, given_back = [0], [len(result.trace)], [None]
-    def node_of(tokens, step=None):
-        """The node of a prefix, or None; with a step, new nodes are made and it is noted down in all on the way."""
-        at = 0
-        for a in tokens:
-            if (at, a) not in index:
-                if step is None:
-                    return None
-                index[at, a] = len(parent)
-                for column, value in ((parent, at), (token, a), (found, None), (first, step), (last, step), (given_back, None)):
-                    column.append(value)
-            at = index[at, a]
-            if step is not None:
-                last[at] = step
-        return at
+    new = lambda parent, token, step: {"parent": parent, "token": token, "first": step, "last": step,
+                                       "given_back": None, "found": None, "reward": 0.0, "p": 1.0}
+    nodes, index = [new(-1, None, 0)], {(): 0}                      # index: prefix -> node
+    nodes[0]["last"] = len(result.trace)
     for step, frontier in enumerate(result.trace, 1):
         for branch in frontier:
-            found[node_of(branch.tokens, step)] = branch.reward
-    for one in result.passes:
+            for length, token in enumerate(branch.tokens, 1):
+                prefix, parent = tuple(branch.tokens[:length]), index[tuple(branch.tokens[:length - 1])]
+                if prefix not in index:
+                    index[prefix] = len(nodes)
+                    nodes.append(new(parent, token, step))
+                nodes[index[prefix]]["last"] = step
+            reward = branch.reward
+            nodes[index[tuple(branch.tokens)]]["found"] = (
+                round(reward, 2) if reward is not None and math.isfinite(reward) else None)
+    for one in result.rounds:
         for branch in one.given_back:
-            if node := node_of(branch.tokens):                  # neither the prompt, nor a mere look-ahead
-                given_back[node] = one.step + 1
-    columns = favourites(parent, token, prompt, policy, mrm)
-    return {"parent": parent, "token": token, "first": first, "last": last, "given_back": given_back,
-            "found": [round(r, 2) if r is not None and math.isfinite(r) else None for r in found],
-            "reply": node_of(result.tokens), **columns, "costs": costs(result)}
+            if node := index.get(tuple(branch.tokens)):            # neither the prompt, nor a mere look-ahead
+                nodes[node]["given_back"] = one.step + 1
+    add_numbers(nodes, prompt, policy, mrm)
+    return {"reply": index[tuple(result.tokens)], "costs": costs(result)} | {
+        name: [node[name] for node in nodes] for name in nodes[0]}
 
 
-def favourites(parent, token, prompt, policy, mrm):
-    """The columns reward, p, policy and mrm of `tree`."""
-    hidden = []
-    for llama, context in ((policy, prompt.policy_tokens(policy.template)), (mrm.llama, prompt.reward_tokens(mrm.template))):
-        trie = TrieCache(llama)
-        nodes = [trie.insert(trie.root, context)]
-        for i, a in zip(parent[1:], token[1:]):
-            nodes.append(trie.insert(nodes[i], [a]))
-            if len(trie.waiting) >= TOKENS:
-                compute(llama, [trie])
-        compute(llama, [trie])
-        hidden.append(trie.states(nodes))                       # (nodes, d)
-    columns = {"reward": [0.0] * len(parent), "p": [1.0] * len(parent), "policy": [], "mrm": []}
-    for start in range(0, len(parent), ROWS):
+@torch.no_grad()
+def add_numbers(nodes, prompt, policy, mrm):
+    """Add to the nodes of `tree`: reward, p, policy and mrm."""
+    contexts = prompt.policy_tokens(policy.template), prompt.reward_tokens(mrm.template)
+    hidden = [read(llama, context, nodes) for llama, context in zip((policy, mrm.llama), contexts)]
+    for start in range(0, len(nodes), ROWS):
         p = policy.logits(hidden[0][start:start + ROWS]).float().softmax(-1)                # (rows, V)
-        m = mrm.rewards(hidden[1][start:start + ROWS]).float()                              # (rows, V)
-        for i in range(1, len(parent)):
-            if start <= parent[i] < start + ROWS:
-                columns["reward"][i] = round(m[parent[i] - start, token[i]].item(), 2)
-                columns["p"][i] = short(p[parent[i] - start, token[i]].item())
+        m = mrm.next_rewards(hidden[1][start:start + ROWS]).float()                         # (rows, V)
+        for node in nodes[1:]:
+            if start <= node["parent"] < start + ROWS:
+                node["reward"] = round(m[node["parent"] - start, node["token"]].item(), 2)
+                node["p"] = short(p[node["parent"] - start, node["token"]].item())
         for name, values, rounded in (("policy", p, short), ("mrm", m, lambda x: round(x, 2))):
             top = values.topk(min(FAVOURITES, values.shape[-1]))
-            columns[name] += [[[a, rounded(x)] for a, x in zip(*row)] for row in zip(top.indices.tolist(), top.values.tolist())]
-    return columns
+            for node, tokens, best in zip(nodes[start:], top.indices.tolist(), top.values.tolist()):
+                node[name] = [[a, rounded(x)] for a, x in zip(tokens, best)]
+
+
+def read(llama, context, nodes):
+    """The final hidden states of the tree's nodes: (nodes, d)."""
+    trie = TrieCache(llama)
+    places = [trie.insert(trie.root, context)]
+    for node in nodes[1:]:
+        places.append(trie.insert(places[node["parent"]], [node["token"]]))
+        if len(trie.waiting) >= TOKENS:
+            compute(llama, [trie])
+    compute(llama, [trie])
+    return trie.hidden_at(places)
 
 
 def short(x):
@@ -94,13 +93,14 @@ def short(x):
 
 
 def costs(result):
-    """[tokens computed, tokens served from the cache] when 0, 1, ... frontiers had been found; at the end, all of them."""
+    """[tokens computed, tokens served from the cache] when 0, 1, ... frontiers had been found; at the end,
+    all."""
     steps = len(result.trace)
-    table = [[0, 0]] * (steps + 1)
-    for one in result.passes:
-        for step in range(min(one.step + 1, steps), steps + 1):
-            table[step] = [one.tokens_computed, one.tokens_cached]
-    return table
+    found = [[0, 0]] * (steps + 1)
+    for one in result.rounds:
+        first = min(one.step + 1, steps)
+        found[first:] = [[one.tokens_computed, one.tokens_cached]] * (steps + 1 - first)
+    return found
 
 
 def write_page(path, trees, prompt, prefill, policy, mrm):
@@ -112,6 +112,5 @@ def write_page(path, trees, prompt, prefill, policy, mrm):
             # A token is any bytes, not always text: here, a character stands for each.
             "tokens": {a: tokenizer.token_bytes(a).decode("latin-1") for a in sorted(used)},
             "unseen": [a for a in sorted(used) if mrm.unseen[a]]}
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")     # no tag can begin in it
-    page = TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", text)
-    write_file(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")  # no tag can begin in it
+    write_file(path, TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", text))

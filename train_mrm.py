@@ -6,11 +6,13 @@ Train a reward model: the guard on labelled replies, or the MRM on the rewards t
 
     torchrun --nproc_per_node 4 train_mrm.py --device cuda ...        the same run, each batch shared by four processes
 
-Only LoRA and the small head are trained (mrm.py). Each validation also writes a checkpoint beside --out, from which
---resume goes on, on a CPU bit for bit. The log goes to stdout.
+Only LoRA and the small head are trained (mrm.py). Each validation also writes a checkpoint beside --out, from
+which --resume goes on, on a CPU bit for bit. The log goes to stdout.
 """
 
 import contextlib
+import datetime
+import io
 import json
 import math
 import os
@@ -21,6 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from files import BadInput, Parser, at_least_1, check_output, read_jsonl, reading, run, write_file
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,21 +32,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from model import BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors, write_file
-from mrm import (MRM, Guard, add_lora, fill, guard_id, load_adapter, load_guard, partial_supervision_loss,
-                 read_metadata, save_adapter, trained_tensors)
-from trie_cache import TrieCache
+from adapters import fill, guard_id, load_adapter, load_guard, load_llama, read_metadata, save_adapter
+from model import read_tensors
+from mrm import MRM, Guard, add_lora, partial_supervision_loss, trained_tensors, unseen_tokens
 
 WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or after so many tokens
 SMOOTHING = 0.02            # of the guard's labels
 RESUME = "--resume goes on from the last checkpoint"
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # data
 
 @dataclass
 class Example:
-    """One reply. targets: the label (0 safe, 1 unsafe) or the guard's reward, one number for each reply token."""
+    """One reply. targets: the label (0 safe, 1 unsafe) or the guard's reward, one number for each reply
+    token."""
     source: str
     context: list               # tokens up to the reply
     reply: list                 # tokens of the reply
@@ -50,9 +54,10 @@ class Example:
 
 
 def read_labels(path, llama, max_prompt, max_reply):
-    """Examples from data/safety_labels: the last max_prompt tokens of each prompt, the first max_reply tokens of
-    prefill, response and end-of-sequence. A prefill, where a row has one, is an unsafe beginning of the reply; the
-    row's label is that of the response after it. Raises BadInput with the line number of a malformed row."""
+    """Examples from data/safety_labels: the last max_prompt tokens of each prompt, the first max_reply tokens
+    of prefill, response and end-of-sequence. A prefill, where a row has one, is an unsafe beginning of the
+    reply; the row's label is that of the response after it. Raises BadInput with the line number of a
+    malformed row."""
     examples, template = [], llama.tokenizer.template("reward")
     for number, row in read_jsonl(path):
         row = {"prefill": ""} | row
@@ -69,9 +74,9 @@ def read_labels(path, llama, max_prompt, max_reply):
 
 
 def read_rewards(folder, llama, guard=None):
-    """(training, held-out) examples from the shards of data/safety_rewards, whose readme.md describes them. Raises
-    BadInput when a shard is missing, incomplete, or made with another vocabulary or run than it should; with the id
-    of a guard (mrm.guard_id), also when another guard has given the rewards."""
+    """(training, held-out) examples from the shards of data/safety_rewards, whose readme.md describes them.
+    Raises BadInput when a shard is missing, incomplete, or made with another vocabulary or run than it
+    should; with the id of a guard (mrm.guard_id), also when another guard has given the rewards."""
     template, paths = llama.tokenizer.template("reward"), sorted(Path(folder).glob("corpus-*.safetensors"))
     metadata = [read_metadata(path) for path in paths]
     if not paths or metadata[0].get("shards") != len(paths):
@@ -88,12 +93,10 @@ def read_rewards(folder, llama, guard=None):
                 raise BadInput(f"{path} was made for the {what} {theirs}, but here it must be {ours}")
         data = dict(read_tensors(path))
         split = lambda name, lengths: [t.tolist() for t in data[name].split(data[lengths].tolist())]
-        try:
+        with reading(path, "a shard of data/safety_rewards"):
             sources = [meta["source_names"][i] for i in data["sources"].tolist()]
             rows = zip(data["held_out"].tolist(), sources, split("prompts", "prompt_lengths"),
                        split("replies", "reply_lengths"), split("rewards", "reply_lengths"))
-        except (KeyError, IndexError, RuntimeError) as error:
-            raise BadInput(f"{path}: not a shard of data/safety_rewards ({error})") from None
         for is_held_out, source, prompt, reply, rewards in rows:
             (held_out if is_held_out else training).append(Example(source, template(prompt), reply, rewards))
     return training, held_out
@@ -111,9 +114,9 @@ def batches(examples, size, seed):
 
 
 def weigh(examples, weights):
-    """The examples, those of some sources several times or only some of them: {"jailbreakbench": 2, "xstest": 0.5}.
-    Example i of a source with weight w comes floor((i + 1) w) − floor(i w) times. Raises BadInput for a weight of a
-    source that is not there."""
+    """The examples, those of some sources several times or only some of them: {"jailbreakbench": 2, "xstest":
+    0.5}. Example i of a source with weight w comes floor((i + 1) w) − floor(i w) times. Raises BadInput for a
+    weight of a source that is not there."""
     sources = {example.source for example in examples}
     if not weights.keys() <= sources:
         raise BadInput(f"--weights names {', '.join(weights.keys() - sources)}, but the sources are {', '.join(sources)}")
@@ -128,7 +131,8 @@ def weigh(examples, weights):
 def collate(examples, device):
     """Pad on the right: attention is causal, so no token sees the padding.
 
-    Returns tokens (B, T), and for each of the n reply tokens of the batch its row (n,), column (n,) and target (n,).
+    Returns tokens (B, T), and for each of the n reply tokens of the batch its row (n,), column (n,) and
+    target (n,).
     """
     length = max(len(e.context) + len(e.reply) for e in examples)
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
@@ -141,19 +145,21 @@ def collate(examples, device):
     return [t.to(device) for t in (tokens, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets))]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # objectives and validation
 
 def guard_loss(guard, tokens, rows, columns, targets):
-    """Binary cross-entropy at every reply token; R is the log-odds of "safe". Labels are smoothed to 0.02 and 0.98, so
-    that R stays within about ±4: beyond that, a reply is not safer, and labels are not that certain."""
-    rewards = guard.rewards(guard.llama(tokens)[rows, columns])
+    """Binary cross-entropy at every reply token; R is the log-odds of "safe". Labels are smoothed to 0.02 and
+    0.98, so that R stays within about ±4: beyond that, a reply is not safer, and labels are not that
+    certain."""
+    rewards = guard.reward(guard.llama(tokens)[rows, columns])
     safe = 1 - targets.to(rewards.dtype)
     return F.binary_cross_entropy_with_logits(rewards, SMOOTHING + (1 - 2 * SMOOTHING) * safe)
 
 
 def mrm_loss(mrm, tokens, rows, columns, targets):
-    """Partial supervision, the paper's Eq. 5: the hidden state before a reply token predicts the reward after it."""
+    """Partial supervision, the paper's Eq. 5: the hidden state before a reply token predicts the reward after
+    it."""
     hidden = mrm.llama(tokens)[rows, columns - 1]
     return partial_supervision_loss(mrm, hidden, tokens[rows, columns], targets.to(hidden.dtype))
 
@@ -161,26 +167,16 @@ def mrm_loss(mrm, tokens, rows, columns, targets):
 @torch.no_grad()
 def predictions(reward_model, examples, device, size=16):
     """Each example's rewards at all of its reply tokens, by the guard or the MRM: a list of float arrays."""
-    if suffix := reward_model.template.suffix:          # it comes after each prefix: `size` prefixes at a time
-        result = []
-        for e in examples:
-            trie, rewards = TrieCache(reward_model.llama), []
-            for start in range(0, len(e.reply), size):
-                prefixes = [e.context + e.reply[:end] for end in range(start + 1, min(start + size, len(e.reply)) + 1)]
-                rewards.append(reward_model.rewards(trie([prefix + suffix for prefix in prefixes])).float().cpu())
-                trie.retain(prefixes)
-            result.append(torch.cat(rewards).numpy())
-        return result
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].context + examples[i].reply))
     result = [None] * len(examples)
     for start in range(0, len(order), size):
         chunk = order[start:start + size]
         tokens, rows, columns, _ = collate([examples[i] for i in chunk], device)
         hidden = reward_model.llama(tokens)
-        if reward_model.kind == "guard":
-            rewards = reward_model.rewards(hidden[rows, columns])
-        else:
+        if isinstance(reward_model, MRM):
             rewards = reward_model.child_rewards(hidden[rows, columns - 1], tokens[rows, columns])
+        else:
+            rewards = reward_model.reward(hidden[rows, columns])
         lengths = [len(examples[i].reply) for i in chunk]
         for i, values in zip(chunk, rewards.float().cpu().split(lengths)):
             result[i] = values.numpy()
@@ -216,7 +212,7 @@ def validate_mrm(mrm, examples, device):
     return {"mse": mse, "r2": 1 - mse / theirs.var(), "sign agreement": np.mean((ours < 0) == (theirs < 0))}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # training
 
 def new_reward_model(args, llama, train):
@@ -228,10 +224,8 @@ def new_reward_model(args, llama, train):
     mrm = MRM(llama, llama.tokenizer.template("reward"))
     mrm.gain.data.fill_(0.02)
     mrm.bias.data.fill_(float(np.mean(np.concatenate([e.targets for e in train]))))
-    distinct = {id(e): e for e in train}.values()             # --weights may repeat a reply
-    counts = np.bincount(np.concatenate([e.reply for e in distinct]), minlength=llama.config.vocab_size)
-    mrm.unseen.copy_(torch.from_numpy(counts < args.min_count))
-    mrm.unseen[list(llama.config.eos_token_ids)] = False      # seen or not: a search must be able to end
+    distinct = {id(e): e.reply for e in train}.values()       # --weights may repeat a reply
+    mrm.unseen.copy_(unseen_tokens(distinct, llama.config, args.min_count))
     return mrm
 
 
@@ -247,23 +241,24 @@ def learning_rate(step, args):
 def save_checkpoint(path, args, step, reward_model, optimizer):
     checkpoint = {"args": run_identity(args), "step": step, "model": trained_tensors(reward_model),
                   "optimizer": optimizer.state_dict()}
-    write_file(path, lambda partial: torch.save(checkpoint, partial))
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    write_file(path, content.getvalue())
 
 
 def load_checkpoint(path, args, reward_model, optimizer):
-    """Restore model and optimizer; returns the step to go on with. Raises BadInput for another run's checkpoint."""
-    try:
+    """Restore model and optimizer; returns the step to go on with. Raises BadInput for another run's
+    checkpoint."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no checkpoint to resume from")
+    with reading(path, "a checkpoint of train_mrm.py"):
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-    except Exception as error:                      # torch raises many kinds for a damaged file
-        raise BadInput(f"{path}: no checkpoint to resume from ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.keys() != {"args", "step", "model", "optimizer"}:
-        raise BadInput(f"{path}: not a checkpoint of train_mrm.py")
-    for key, value in run_identity(args).items():
-        if checkpoint["args"].get(key) != value:
-            raise BadInput(f"{path} is of a run with --{key} {checkpoint['args'].get(key)}, not {value}")
-    fill(path, trained_tensors(reward_model), checkpoint["model"], f"rank {args.rank}")
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"]
+        for key, value in run_identity(args).items():
+            if checkpoint["args"].get(key) != value:
+                raise BadInput(f"{path} is of a run with --{key} {checkpoint['args'].get(key)}, not {value}")
+        fill(reward_model, path, checkpoint["model"], f"rank {args.rank}")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint["step"]
 
 
 def run_identity(args):
@@ -303,19 +298,20 @@ class Objective(nn.Module):
 
 
 def backward(objective, examples, args):
-    """The gradient of the mean loss over all reply tokens of a batch, into which every process puts its part; returns
-    that loss. A process takes --accumulate pieces of the batch, one after another; what it computes is weighed by its
-    share of the tokens, so that neither number changes the result (but for rounding)."""
+    """The gradient of the mean loss over all reply tokens of a batch, into which every process puts its part;
+    returns that loss. A process takes --accumulate pieces of the batch, one after another; what it computes
+    is weighed by its share of the tokens, so that neither number changes the result (but for rounding)."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pieces, total = processes * args.accumulate, torch.zeros((), dtype=torch.float64, device=args.device)
     for i in range(args.accumulate):
         piece = examples[rank * args.accumulate + i::pieces]
         share = sum(len(e.reply) for e in piece) / sum(len(e.reply) for e in examples)
-        # Gradients go over the wire once, after the last piece. A process without a piece computes one, for nothing.
+        # Gradients go over the wire once, after the last piece. A process without a piece computes one, for
+        # nothing.
         last = i == args.accumulate - 1 or processes == 1
         with contextlib.nullcontext() if last else objective.no_sync():
             loss = share * objective(*collate(piece or examples[:1], args.device))
-            (processes * loss).backward()                       # DistributedDataParallel averages over processes
+            (processes * loss).backward()                    # DistributedDataParallel averages over processes
         total += loss.detach()
     if processes > 1:
         dist.all_reduce(total)
@@ -329,16 +325,16 @@ def log(text):
 
 
 def train(args):
-    """A whole run: data, model, steps with validations and checkpoints, the adapter and its final validation."""
+    """A whole run: data, model, steps with validations and checkpoints, the adapter and its final
+    validation."""
     out = Path(args.out)
-    try:
+    if not args.validate:
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:                        # before the training, not after it
-        raise BadInput(f"--out {out}: its folder cannot be made ({error.strerror})") from None
-    llama = Llama.load(args.base, torch.float64 if args.dtype == "float64" else torch.float32, args.device)
+        check_output(out)
+    llama = load_llama(args.base, torch.float64 if args.dtype == "float64" else torch.float32, args.device)
     training, held_out = load_data(args, llama)
     loss_of, validate = (guard_loss, validate_guard) if args.objective == "guard" else (mrm_loss, validate_mrm)
-    first = not dist.is_initialized() or dist.get_rank() == 0           # the process that validates and writes
+    first = not dist.is_initialized() or dist.get_rank() == 0          # the process that validates and writes
     if args.validate:
         return log_report(f"{out}, all {len(held_out)} held-out replies",
                           validate(load_adapter(out, llama, args.objective), held_out, args.device))
@@ -403,14 +399,15 @@ def log_report(title, report):
     log(f"{title}: " + ", ".join(f"{key} {value:.4f}" for key, value in report.items()))
 
 
-def join_processes(args):
-    """Under torchrun: meet the other processes, each on a processor of its own where they compute on CUDA."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        # torchrun ends the others when one has died: let them say so.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("another process has died, or torchrun was stopped; " + RESUME))
+def join_processes(args, backend):
+    """Under torchrun, meet the other processes, each on a processor of its own where they compute on CUDA.
+    Returns (which one this is, how many there are)."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:                 # which torchrun sets
+        return 0, 1
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # one may validate while others wait
+    return dist.get_rank(), dist.get_world_size()
 
 
 def weights(text):
@@ -454,25 +451,20 @@ def main():
     add("--device", default="cpu")
     args = parser.parse_args()
     args.command = "python " + shlex.join(["train_mrm.py", *sys.argv[1:]])
-    join_processes(args)
-    train(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)         # DistributedDataParallel keeps gloo's threads: one that needs Python while Python ends aborts
+    rank, processes = join_processes(args, "nccl" if args.device == "cuda" else "gloo")
+    if not dist.is_initialized():
+        return train(args)
+    # torchrun ends the others when one has died: let them say so.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"another process has died, or torchrun was stopped; {RESUME}"))
+    try:
+        train(args)
+    except RuntimeError as error:
+        sys.exit(f"process {rank} of {processes} stops: {str(error).strip().splitlines()[0]}\nWhere this says that a "
+                 f"connection was closed, another process has died; {RESUME}")
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)             # DistributedDataParallel keeps gloo's threads: one that needs Python while it ends aborts
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not dist.is_initialized():
-            raise
-        reason = str(error).strip().splitlines()[0]
-        sys.exit(f"process {dist.get_rank()} of {dist.get_world_size()} stops: {reason}\nWhere this says that a connection "
-                 "was closed, another process has died; " + RESUME)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

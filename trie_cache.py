@@ -1,28 +1,28 @@
 """
 A KV cache that is a trie: token sequences with a common prefix share the keys and values of that prefix.
 
-Tree search extends a few sequences by a token each, drops some, extends the rest: nearly all of every sequence has
-been computed before, most of it once for all of them. Here each distinct prefix is computed once and stored once.
-The paper (Qiu et al. 2025, arXiv 2506.06444, section 4.4) uses a trie for the same purpose; the layout is our own, with
-tree attention in the manner of SpecInfer (Miao et al. 2023, arXiv 2305.09781):
+Tree search extends a few sequences by a token each, drops some, extends the rest: nearly all of every
+sequence has been computed before, most of it once for all of them. Here each distinct prefix is computed once
+and stored once. The paper (Qiu et al. 2025, arXiv 2506.06444, Section 4.4) uses a trie for the same purpose;
+the layout is our own, with tree attention in the manner of SpecInfer (Miao et al. 2023, arXiv 2305.09781):
 
     a node   = the last token of a prefix; the path from the root to it spells the prefix
     a slot   = a node's row in the arena, i.e. in the preallocated tensors of keys and values of all layers
     position = depth in the trie
     a mask lets each token look at the slots on its own path only, so slots may lie in any order
 
-So there is no padding, no copy of a cache, no concatenation along a path. A branch that is not needed any more
-gives its slots back, and they are used again.
+So there is no padding, no copy of a cache, no concatenation along a path. A branch that is not needed any
+more gives its slots back, and they are used again.
 """
 
 import heapq
 import math
 
+from files import BadInput
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from model import BadInput
 
 
 class TrieNode:
@@ -39,20 +39,21 @@ class TrieCache:
     """The cached forward pass of one Llama.
 
         trie = TrieCache(model)
-        hidden = trie(sequences)        # list of token lists -> (n, d): the final hidden state of each last token
+        hidden = trie(sequences)    # list of token lists -> (n, d): the final hidden state of each last token
         trie.retain(sequences)          # forget all that none of these sequences needs
 
-    A search, which goes on from where it was, holds nodes instead of whole sequences, and so never walks a path again:
+    A search, which goes on from where it was, holds nodes in place of sequences, and so never walks a path
+    again:
 
         node = trie.insert(trie.root, prompt)       # new nodes wait for the next forward pass
         compute(model, [trie])                      # one pass over all that waits, here or in several tries
-        hidden = trie.states([node])                # (1, d)
+        hidden = trie.hidden_at([node])             # (1, d)
         child = trie.insert(node, [token])
         trie.keep({child})
 
-    `computed` counts tokens that went through the model, `cached` all others of the requested sequences (computed
-    before, or for another sequence of the same call), `attended` the keys on the paths of computed tokens, themselves
-    included (masked ones do not count).
+    `computed` counts tokens that went through the model, `cached` all others of the requested sequences
+    (computed before, or for another sequence of the same call), `attended` the keys on the paths of computed
+    tokens, themselves included (masked ones do not count).
     """
 
     def __init__(self, model, capacity=256):
@@ -60,29 +61,27 @@ class TrieCache:
         self.root = TrieNode(None, None, None)  # the empty prefix: no token, no slot
         self.waiting = []                       # nodes that no forward pass has read yet
         self.leaves = set()                     # nodes without children, but the root
-        self.slots = self.mask = None           # of the pass under way: where keys are written, who looks where
         self.free, self.used = [], 0            # slots given back (a heap), and how many were ever handed out
         self.computed = self.cached = self.attended = 0
-        config = model.config
-        like = dict(dtype=model.dtype, device=model.device)
-        self.arena = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, capacity, config.head_dim,
-                                 **like)        # (layers, keys and values, kv_heads, slots, head_dim)
-        self.hidden = torch.zeros(capacity, config.hidden_size, **like)         # (slots, d), after the last norm
-        self.visible = np.zeros((capacity, capacity), dtype=bool)               # [i, j]: may slot i look at slot j
+        config, like = model.config, dict(dtype=model.dtype, device=model.device)
+        shape = config.num_hidden_layers, 2, config.num_key_value_heads, capacity, config.head_dim
+        self.arena = torch.zeros(shape, **like)     # (layers, keys and values, kv_heads, slots, head_dim)
+        self.hidden = torch.zeros(capacity, config.hidden_size, **like)      # (slots, d), after the last norm
+        self.visible = np.zeros((capacity, capacity), dtype=bool)          # [i, j]: may slot i look at slot j
 
     def __call__(self, sequences):
         """Final hidden states of the last tokens of n sequences (token lists): (n, d).
 
-        What is not in the trie yet is computed in one forward pass. Raises BadInput for an empty sequence and for
-        one longer than the model's context; the trie is then unchanged.
+        What is not in the trie yet is computed in one forward pass. Raises BadInput for an empty sequence and
+        for one longer than the model's context; the trie is then unchanged.
         """
-        limit = self.model.config.max_position_embeddings
+        name, limit = self.model.config.name, self.model.config.max_position_embeddings
         for sequence in sequences:
             if not 1 <= len(sequence) <= limit:
-                raise BadInput(f"a sequence of {len(sequence)} tokens: {self.model.config.name} reads 1 to {limit}")
+                raise BadInput(f"a sequence of {len(sequence)} tokens: {name} reads 1 to {limit}")
         nodes = [self.insert(self.root, sequence) for sequence in sequences]
         compute(self.model, [self])
-        return self.states(nodes)
+        return self.hidden_at(nodes)
 
     def insert(self, node, tokens):
         """The node that these tokens lead to from `node`. Those that are new wait for `compute`."""
@@ -103,28 +102,29 @@ class TrieCache:
         self.cached += node.depth - new
         return node
 
-    def states(self, nodes):
+    def hidden_at(self, nodes):
         """Final hidden states of n computed nodes: (n, d)."""
         return self.hidden[[node.slot for node in nodes]]
 
-    def attend(self, layer, q, k, v):
-        """Attention of the n waiting tokens in one layer: store their keys and values, then let each look at its path.
-        q: (1, heads, n, head_dim), k and v: (1, kv_heads, n, head_dim), result: (1, heads, n, head_dim)."""
-        arena = self.arena[layer]                                               # (2, kv_heads, slots, head_dim)
-        arena[:, :, self.slots] = torch.cat((k, v))
-        keys, values = arena[:, None, :, :self.used]                            # (1, kv_heads, used, head_dim) each
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True)
+    def attend(self, layer, q, k, v, slots, mask):
+        """Attention of n waiting tokens in one layer: write their keys and values to their slots, then let
+        each look at its path. q: (1, heads, n, head_dim), k and v: (1, kv_heads, n, head_dim), slots: ints
+        (n,), mask: (n, used), 0 where a token may look and −∞ elsewhere. Result: (1, heads, n, head_dim)."""
+        arena = self.arena[layer]                                             # (2, kv_heads, slots, head_dim)
+        arena[:, :, slots] = torch.cat((k, v))
+        keys, values = arena[:, None, :, :self.used]                      # (1, kv_heads, used, head_dim) each
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
     def take_slot(self):
-        """The lowest free slot, or else the next that was never used, for which all tensors may have to double."""
+        """The lowest free slot, or else the next that was never used, for which all tensors may have to
+        double."""
         if self.free:
-            slot = heapq.heappop(self.free)
-        else:
-            slot, self.used = self.used, self.used + 1
-            if self.used > len(self.hidden):
-                self.arena = torch.cat((self.arena, torch.zeros_like(self.arena)), dim=3)
-                self.hidden = torch.cat((self.hidden, torch.zeros_like(self.hidden)), dim=0)
-                self.visible = np.pad(self.visible, (0, slot))
+            return heapq.heappop(self.free)
+        slot, self.used = self.used, self.used + 1
+        if self.used > len(self.hidden):
+            self.arena = torch.cat((self.arena, torch.zeros_like(self.arena)), dim=3)
+            self.hidden = torch.cat((self.hidden, torch.zeros_like(self.hidden)), dim=0)
+            self.visible = np.pad(self.visible, (0, slot))
         return slot
 
     def retain(self, sequences):
@@ -140,8 +140,8 @@ class TrieCache:
         self.keep(nodes)
 
     def keep(self, nodes):
-        """Forget every node that is neither in this set nor above one of it, and give its slot back: from each other
-        leaf upwards, as far as nothing else hangs on the path. No node may be waiting."""
+        """Forget every node that is neither in this set nor above one of it, and give its slot back: from
+        each other leaf upwards, as far as nothing else hangs on the path. No node may be waiting."""
         assert not self.waiting, "compute first: a forgotten node must not be computed into a slot of another"
         for node in self.leaves - nodes:
             self.leaves.remove(node)
@@ -153,41 +153,42 @@ class TrieCache:
             if node in nodes and not node.children:
                 self.leaves.add(node)
 
-    @property
-    def bytes_per_slot(self):
-        """Bytes of keys and values that one token takes, in all layers together."""
-        return self.arena[:, :, :, 0].nbytes
+    def bytes_of(self, slots):
+        """Bytes of the keys and values of so many tokens, in all layers together."""
+        return slots * self.arena[:, :, :, 0].nbytes
 
 
 class Pass:
-    """The cache of a forward pass over the waiting tokens of several tries, one trie's after another's: each token
-    looks at its own trie."""
+    """A forward pass over the waiting tokens of several tries, one trie's after another's. It is the `cache`
+    that Llama.forward hands each layer's queries, keys and values to; each token looks at its own trie."""
 
-    def __init__(self, tries):
+    def __init__(self, tries, device):
         self.tries, self.sizes = tries, [len(trie.waiting) for trie in tries]
+        self.slots, self.masks = [], []            # of each trie: where its keys are written, who looks where
+        for trie in tries:
+            slots = [node.slot for node in trie.waiting]
+            blocked = torch.from_numpy(~trie.visible[slots, :trie.used]).to(device)
+            self.slots.append(torch.tensor(slots, device=device))               # (n,)
+            mask = torch.zeros_like(blocked, dtype=trie.hidden.dtype)
+            self.masks.append(mask.masked_fill_(blocked, -math.inf))            # (n, used)
 
     def attend(self, layer, q, k, v):
-        parts = zip(self.tries, *(x.split(self.sizes, dim=2) for x in (q, k, v)))
+        parts = zip(self.tries, *(x.split(self.sizes, dim=2) for x in (q, k, v)), self.slots, self.masks)
         return torch.cat([trie.attend(layer, *part) for trie, *part in parts], dim=2)
 
 
 @torch.no_grad()
 def compute(model, tries):
-    """One forward pass over all waiting tokens of these tries. model: their Llama, or what reads for the Llamas of all
-    of them (mrm.Backbone)."""
+    """One forward pass over all waiting tokens of these tries. model: their Llama, or what reads for the
+    Llamas of all of them (engine.Backbone)."""
     tries = [trie for trie in tries if trie.waiting]
     if not tries:
         return
-    nodes = [node for trie in tries for node in trie.waiting]
-    for trie in tries:
-        slots = [node.slot for node in trie.waiting]
-        trie.slots = torch.tensor(slots, device=model.device)                   # (n,): where new keys are written
-        blocked = torch.from_numpy(~trie.visible[slots, :trie.used]).to(model.device)
-        trie.mask = torch.zeros_like(blocked, dtype=model.dtype).masked_fill_(blocked, -math.inf)   # (n, used)
+    nodes, this = [node for trie in tries for node in trie.waiting], Pass(tries, model.device)
     row = lambda values: torch.tensor([values], device=model.device)            # (1, n)
-    hidden = model(row([node.token for node in nodes]), row([node.depth - 1 for node in nodes]), Pass(tries))[0]
-    for trie, h in zip(tries, hidden.split([len(trie.waiting) for trie in tries])):
-        trie.hidden[trie.slots] = h
+    hidden = model(row([node.token for node in nodes]), row([node.depth - 1 for node in nodes]), this)[0]
+    for trie, slots, h in zip(tries, this.slots, hidden.split(this.sizes)):
+        trie.hidden[slots] = h
         trie.computed += len(trie.waiting)
         trie.attended += sum(node.depth for node in trie.waiting)
         trie.waiting = []

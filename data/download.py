@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model import BadInput, read_json, write_file
+from files import BadInput, read_json, write_file
 
 ROWS_SERVICE = "https://datasets-server.huggingface.co"
 ROWS_A_PAGE = 100                                       # the most that it gives at once
@@ -137,20 +137,4 @@ def hub_rows(dataset, config, split, folder, server=ROWS_SERVICE):
 
 def write_jsonl(rows, path):
     """One JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path, text):
-    """Write a file under a temporary name, and rename it."""
-    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def run(main):
-    """Run a script: what cannot be used or had ends it in one line, with exit status 2."""
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,28 +1,27 @@
-import hashlib
-import http.server
 import io
 import json
 import os
 import re
 import runpy
-import select
-import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 SMOLLM2 = ROOT / "data" / "smollm2"
 sys.path.insert(0, str(ROOT))
 
-from model import Llama, Template               # noqa: E402
-from mrm import load_adapter, load_released_mrm     # noqa: E402
+import files                                    # noqa: E402, F401: before torch
+import torch                                    # noqa: E402
+
+from adapters import load_adapter, load_released_mrm    # noqa: E402
+from model import Llama                         # noqa: E402
+from mrm import Guard                           # noqa: E402
+from search import SEARCHES                     # noqa: E402
+from tokenizer import Template                  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -109,6 +108,14 @@ def tiny_mrm(tiny_guard, golden_search):
 
 
 @pytest.fixture(scope="session")
+def tiny_scalar_guard(tiny_guard, golden_search):
+    guard = Guard(tiny_guard, Template(golden_search["mrm_prefix"], golden_search["mrm_infix"]))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(guard.head.weight)
+    return guard
+
+
+@pytest.fixture(scope="session")
 def smollm2_folder():
     """The default weights, made on the first run and kept."""
     if not (SMOLLM2 / "model.safetensors").exists():
@@ -172,154 +179,5 @@ def in_two_processes(script, *args):
     return process.returncode, out, err
 
 
-class Browser:
-    """Headless Chromium, spoken to over a pipe in the DevTools protocol: one page, real mouse and keyboard events."""
-
-    def __init__(self, folder):
-        to_child, self.to = os.pipe()
-        self.back, from_child = os.pipe()
-        root = ["--no-sandbox"] if os.geteuid() == 0 else []        # as root, Chromium's sandbox refuses to start
-        self.process = subprocess.Popen(
-            ["chromium", "--headless", "--disable-gpu", f"--user-data-dir={folder}", "--remote-debugging-pipe", *root],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(3, 4),     # the pipe is at 3 and 4 by convention
-            preexec_fn=lambda: (os.dup2(to_child, 3), os.dup2(from_child, 4)))
-        os.close(to_child), os.close(from_child)
-        self.count, self.events, self.received, self.session = 0, [], b"", {}
-        target = self.do("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.do(f"{domain}.enable")
-
-    def message(self):
-        while b"\0" not in self.received:
-            assert select.select([self.back], [], [], 60)[0], "Chromium does not answer"
-            some = os.read(self.back, 1 << 20)
-            assert some, "Chromium has ended"
-            self.received += some
-        message, self.received = self.received.split(b"\0", 1)
-        return json.loads(message)
-
-    def do(self, method, **params):
-        """The result of a command of the protocol; what happens meanwhile is kept in `events`."""
-        self.count += 1
-        os.write(self.to, json.dumps({"id": self.count, "method": method, "params": params, **self.session}).encode() + b"\0")
-        while True:
-            answer = self.message()
-            if answer.get("id") == self.count:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
-
-    def open(self, path, width=1280, height=900, dark=False):
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        self.events.clear()
-        self.do("Page.navigate", url=Path(path).resolve().as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.message())
-
-    def js(self, expression):
-        """The value of an expression on the page."""
-        answer = self.do("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def point_at(self, x, y):
-        self.do("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def press(self, key):
-        for kind in ("keyDown", "keyUp"):
-            code = {"Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}[key]
-            self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
-
-    def complaints(self):
-        """What stood in the console, and what was asked for but the page itself."""
-        said = [event for event in self.events if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled",
-                                                                      "Log.entryAdded")]
-        asked = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
-        return said + asked[1:]
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    if shutil.which("chromium") is None:
-        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
-    browser = Browser(tmp_path_factory.mktemp("chromium"))
-    yield browser
-    browser.process.terminate()
-    browser.process.wait()
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The Hugging Face hub in small. The server has: `files` (path to bytes); `gated` paths, for the token "good" only;
-    `moved` paths, to others of its own; `stored` paths, which redirect to another host and tell their sha256; `rows` of its rows service; `cut`, after how
-    many bytes each answer stops; and what it has `seen`."""
-
-    def do_GET(self):
-        url, server = urlsplit(self.path), self.server
-        server.seen.append((url.path, dict(self.headers)))
-        if url.path in server.gated and self.headers.get("Authorization") != "Bearer good":
-            self.send_error(403 if "Authorization" in self.headers else 401)
-        elif url.path in server.moved:
-            self.send_response(307)
-            self.send_header("Location", server.moved[url.path])
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-        elif url.path in server.stored:
-            self.send_response(302)
-            self.send_header("Location", f"http://localhost:{server.server_port}/cdn{url.path}")
-            self.send_header("X-Linked-ETag", f'"{hashlib.sha256(server.stored[url.path]).hexdigest()}"')
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-        elif url.path.startswith("/cdn/") and url.path[4:] in server.stored:
-            self.send(server.files[url.path[4:]])
-        elif url.path in server.files:
-            self.send(server.files[url.path])
-        elif url.path == "/rows" and server.rows:
-            query = {key: values[0] for key, values in parse_qs(url.query).items()}
-            if (query["dataset"], query["config"], query["split"]) != ("allenai/reward-bench", "default", "filtered"):
-                return self.send_error(404)
-            start, length = int(query["offset"]), int(query["length"])
-            assert length <= 100
-            rows = [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(server.rows)][start:start + length]
-            self.send(json.dumps({"rows": rows, "num_rows_total": len(server.rows), "num_rows_per_page": 100}).encode())
-        else:
-            self.send_error(404)
-
-    def send(self, body):
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        if start and start >= len(body):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(body)}")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        self.wfile.write(body[start:][:self.server.cut])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.gated, server.moved, server.stored = {}, set(), {}, {}
-    server.rows, server.seen, server.cut = [], [], None
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def ask_hub(hub, script, *options, token=None):
-    """Run a script with this hub as its hub: (exit status, stdout, last line of stderr)."""
-    environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"} | {"HF_ENDPOINT": hub.url + "/"}
-    if token:
-        environment["HF_TOKEN"] = token
-    done = subprocess.run([sys.executable, *map(str, (script, *options))], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=60)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr.splitlines()[-1] if done.stderr else ""
+def reward_model_of(method, mrm, guard):
+    return {None: None, "guard": guard, "mrm": mrm}[SEARCHES[method][1]]

@@ -5,20 +5,21 @@ import json
 import pytest
 from conftest import run_script
 
-from bench import reference
-from model import Prompt
-from search import saffron
+import saffron
+from bench import CopyCache
+from tokenizer import Prompt
+from search import saffron as search
 
 
 @pytest.mark.parametrize("width, top_p, least", [(1, 0.8, 12), (4, 0.9, 12), (6, 1.0, 2)])
 def test_reference_finds_the_same_reply(tiny_policy, tiny_mrm, width, top_p, least):
     """In float64; with least = 2, sequences end on the way."""
-    prompt = Prompt([5, 6, 7], [8])
-    result = saffron(tiny_policy, tiny_mrm, prompt, width=width, max_new_tokens=12, min_new_tokens=least, top_p=top_p)
-    reply, seconds, peak = reference(tiny_policy, tiny_mrm, prompt, width, 12, least, top_p)
-    assert reply == result.tokens and seconds > 0
+    prompt, caches = Prompt([5, 6, 7], [8]), (CopyCache(tiny_policy), CopyCache(tiny_mrm.llama))
+    result = search(tiny_policy, tiny_mrm, prompt, width=width, max_new_tokens=12, min_new_tokens=least, top_p=top_p)
+    frontiers = saffron.saffron(tiny_policy, tiny_mrm, prompt, width, 12, least, top_p, read=caches)
+    assert frontiers[-1][0].tokens == result.tokens
     if least == 12:                     # all are read at once: the copies of the last step are all there is
-        assert peak == result.stats.unshared_kv_bytes
+        assert sum(cache.peak_bytes for cache in caches) == result.stats.unshared_kv_bytes
 
 
 def test_table_and_json(smollm2_folder, tmp_path):
@@ -32,7 +33,7 @@ def test_table_and_json(smollm2_folder, tmp_path):
     assert row["KV MB"] < row["copies MB"] and row["ratio"] == row["seconds"] / row["copies"]
 
 
-def test_prompts_side_by_side(smollm2_folder):
+def test_prompts_search_with(smollm2_folder):
     status, out, err = run_script("bench.py", "--prompts", "2")
     assert status == 0, err
     alone, together, ratio = (float(word) for word in out.split() if "." in word)

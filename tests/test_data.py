@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, SMOLLM2, in_two_processes, run_script
 from safetensors.torch import load_file
 
-from mrm import guard_id, read_metadata
+from adapters import guard_id, read_metadata
 from train_mrm import read_rewards
 
 
@@ -271,7 +271,7 @@ def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_
         assert manifest["run"]["guard"] == guard_id(SMOLLM2 / "guard.safetensors", guard)
     for example in both[0][::20]:
         hidden = guard.llama(torch.tensor([example.context + example.reply]))[0, len(example.context):]
-        assert guard.rewards(hidden).tolist() == pytest.approx(example.targets, abs=1e-2)
+        assert guard.reward(hidden).tolist() == pytest.approx(example.targets, abs=1e-2)
 
 
 def test_only_missing_shards_are_made(small_corpus, tmp_path):

@@ -5,11 +5,11 @@ import io
 import json
 
 import pytest
-from conftest import ask_hub
+from hub import ask_hub, hub                    # noqa: F401: hub is a fixture
 
 import data.download
 from data.download import NotThere, fetch
-from model import BadInput
+from files import BadInput
 
 HEX_PHI = "/datasets/Unispac/shallow-vs-deep-safety-alignment-dataset/resolve/main/data/safety_bench/Harmful-HEx-PHI.jsonl"
 CONVERSATIONS = [[{"role": "user", "content": f" Request {i} "}, {"role": "assistant", "content": f"Sure,\u2028here {i}"}]

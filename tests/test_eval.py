@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, in_two_processes, run_script
 
 from eval import HARMFUL, REFUSAL, attacked, interval, log_probs, merge_results, parse_runs, read_results, repeats, rewards, summarize
-from model import Prompt
+from tokenizer import Prompt
 from trie_cache import TrieCache
 
 

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 import bench
 import eval as evaluation
 import sample
-from model import Llama, LlamaConfig, Prompt
-from search import SEARCHES, best_of_n, beam, describe, mcts, rebase, saffron, side_by_side
-from search import sample as draw_replies
+from tokenizer import Prompt
+from model import Llama, LlamaConfig, read_config
+from engine import Ask, search_with
+from search import SEARCHES, Method, beam, best_of_n, describe, mcts, rebase, saffron, sample_replies
 
 
 def call(monkeypatch, main, *options):
@@ -23,11 +24,11 @@ def call(monkeypatch, main, *options):
     main()
 
 
-@side_by_side("guard")
+@search_with("guard")
 def shortest(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
     """Of several samples, the shortest that the guard does not call unsafe. And more."""
-    yield from draw_replies(policy, width, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed)
-    _, rewards = yield [], trace[-1]
+    yield from sample_replies(policy, width, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed)
+    _, rewards = yield Ask(reward=trace[-1])
     for branch, reward in zip(trace[-1], rewards.tolist()):
         branch.reward = reward
     return min(trace[-1], key=lambda branch: (branch.reward < 0, len(branch.tokens)))
@@ -35,7 +36,7 @@ def shortest(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top
 
 @pytest.fixture
 def added(monkeypatch):
-    monkeypatch.setitem(SEARCHES, "shortest", (shortest, "guard"))
+    monkeypatch.setitem(SEARCHES, "shortest", Method(shortest, "guard", "of several samples, the shortest safe one"))
 
 
 def test_a_new_search_is_known_to_sample_and_the_page(added, smollm2_folder, monkeypatch, capsys, tmp_path):
@@ -45,7 +46,7 @@ def test_a_new_search_is_known_to_sample_and_the_page(added, smollm2_folder, mon
     assert [tree["title"] for tree in data["trees"]] == ["none", "shortest, width 2"]
     with pytest.raises(SystemExit):
         call(monkeypatch, sample.main, "--help")
-    assert re.search(r"shortest +Of several samples, .*unsafe \(asks the guard\)$", capsys.readouterr().out, re.M)
+    assert re.search(r"shortest +of several samples, the shortest safe one \(asks the guard\)$", capsys.readouterr().out, re.M)
 
 
 def test_a_new_search_is_known_to_eval_and_bench(added, smollm2_folder, monkeypatch, capsys, tmp_path):
@@ -61,7 +62,7 @@ def test_a_new_search_is_known_to_eval_and_bench(added, smollm2_folder, monkeypa
     assert out[1].startswith("shortest; ") and out[3].split()[:3] == ["2", "47", "32"] and "–" in out[3]
 
 
-def test_searches_are_described_by_their_first_sentence(added):
+def test_every_search_is_described_in_a_line(added):
     lines = describe().splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(SEARCHES)
     assert all(len(line.split()) > 2 for line in lines[1:])
@@ -74,7 +75,7 @@ def test_a_new_policy_needs_a_folder_only(smollm2_folder, monkeypatch, capsys, t
         "head_dim": 8, "_name_or_path": "mine"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = Llama(LlamaConfig.load(tmp_path))
+    model = Llama(read_config(tmp_path))
     save_file({name: torch.randn_like(p) for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
     for name in ("vocab.tiktoken", "tokenizer_config.json"):
         shutil.copy(SMOLLM2 / name, tmp_path / name)

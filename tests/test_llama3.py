@@ -12,12 +12,15 @@ import zipfile
 import pytest
 import torch
 import train_mrm
-from conftest import GOLDEN, ROOT, ask_hub
+from conftest import GOLDEN, ROOT
+from hub import ask_hub, hub                    # noqa: F401: hub is a fixture
 from safetensors.torch import save_file
 
-from model import BadInput, Llama, LlamaConfig, Tokenizer, rotary_frequencies
+from files import BadInput
+from tokenizer import Tokenizer
+from model import Llama, LlamaConfig, rotary_frequencies
 from mrm import llama_guard as guard_of
-from mrm import load_guard, load_mrm
+from adapters import load_guard, load_mrm
 from search import beam, saffron
 from test_data import write_dialogues
 from train_mrm import read_rewards

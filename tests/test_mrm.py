@@ -12,9 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import BadInput, Prompt, Template
-from mrm import (MRM, Backbone, Guard, LoRALinear, add_lora, load_adapter, load_released_mrm, partial_supervision_loss,
-                 save_adapter, trained_tensors)
+from files import BadInput
+from tokenizer import Prompt, Template
+from mrm import MRM, add_lora, Guard, LoRALinear, partial_supervision_loss, trained_tensors
+from adapters import load_adapter, load_released_mrm, save_adapter
+from engine import Backbone
 from trie_cache import TrieCache, compute
 
 TARGETS = ["q_proj", "v_proj"]
@@ -47,7 +49,7 @@ def test_loss_equals_the_naive_one(new_mrm):
     tokens = torch.randint(0, 512, (3, 15), generator=torch.Generator().manual_seed(1))
     rewards = torch.randn(3, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     hidden = new_mrm.llama(tokens)[:, :-1]                              # h(s[0:j]) for j = 1..14
-    full = new_mrm.rewards(hidden)                                      # [3, 14, 512]
+    full = new_mrm.next_rewards(hidden)                                      # [3, 14, 512]
     naive = sum((full[i, j, tokens[i, j + 1]] - rewards[i, j]) ** 2 for i in range(3) for j in range(14)) / (3 * 14)
     loss = partial_supervision_loss(new_mrm, hidden.flatten(0, 1), tokens[:, 1:].flatten(), rewards.flatten())
     torch.testing.assert_close(loss, naive, atol=1e-12, rtol=1e-12)
@@ -57,7 +59,7 @@ def test_loss_equals_the_naive_one(new_mrm):
 def test_loss_computes_one_entry_for_each_position(new_mrm, monkeypatch):
     """Never M(s) for the whole vocabulary, which in training would be [positions, vocab]."""
     monkeypatch.setattr(new_mrm.llama, "logits", lambda hidden: pytest.fail("all of M(s) was computed"))
-    monkeypatch.setattr(new_mrm, "rewards", lambda hidden: pytest.fail("all of M(s) was computed"))
+    monkeypatch.setattr(new_mrm, "next_rewards", lambda hidden: pytest.fail("all of M(s) was computed"))
     hidden, children = torch.randn(7, 48, dtype=torch.float64), torch.tensor([1, 5, 1, 400, 0, 511, 5])
     with FlopCounterMode(display=False) as counter:
         entries = new_mrm.child_rewards(hidden, children)
@@ -123,14 +125,14 @@ def test_one_pass_of_a_backbone_reads_for_all(tiny_guard, new_mrm, new_guard):
     compute(Backbone(llamas), tries)
     for trie, node, sequence in zip(tries, nodes, sequences):
         expected = trie.model(torch.tensor([sequence]))[:, -1]
-        torch.testing.assert_close(trie.states([node]), expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(trie.hidden_at([node]), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.exercise(6, points=2)
 def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
     hidden = new_mrm.llama(torch.arange(6)[None])[0]
     for some in (hidden, hidden[0], hidden.reshape(2, 3, -1)):                      # any number of leading dimensions
-        free, cons = new_mrm.rewards(some), new_mrm.conservative_rewards(some)
+        free, cons = new_mrm.next_rewards(some), new_mrm.conservative_rewards(some)
         expected = [[-math.inf if unseen else value for value, unseen in zip(row, new_mrm.unseen.tolist())]
                     for row in free.reshape(-1, 512).tolist()]
         torch.testing.assert_close(cons, torch.tensor(expected, dtype=cons.dtype).view(free.shape), atol=0, rtol=0)
@@ -140,7 +142,7 @@ def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
 def test_one_pass_of_the_guard_scores_every_prefix(new_guard):
     prompt, reply = Prompt([5, 6], [7]), [8, 9, 10]
     tokens = prompt.reward_tokens(new_guard.template) + reply
-    every = new_guard.rewards(new_guard.llama(torch.tensor([tokens]))[0])
+    every = new_guard.reward(new_guard.llama(torch.tensor([tokens]))[0])
     each = new_guard.score(prompt, [reply[:i] for i in range(4)])
     torch.testing.assert_close(every[-4:], each, atol=1e-12, rtol=0)
 
@@ -158,7 +160,7 @@ def test_an_adapter_comes_back(kind, tmp_path, tiny_guard, request):
     save_adapter(model, path, 4, 8, TARGETS, 1 if kind == "guard" else 0, "python train_mrm.py ...")
     back = load_adapter(path, tiny_guard, kind)
     hidden = lambda m: m.llama(torch.arange(9)[None])[0]
-    rewards = lambda m: (m.rewards if kind == "guard" else m.conservative_rewards)(hidden(m))
+    rewards = lambda m: (m.reward if kind == "guard" else m.conservative_rewards)(hidden(m))
     torch.testing.assert_close(rewards(back), rewards(model), atol=1e-12, rtol=0)
     assert back.template == model.template and not any(p.requires_grad for p in back.parameters())
     with safe_open(path, framework="pt") as file:
@@ -224,7 +226,7 @@ def test_released_layout_gives_the_golden_rewards(tiny_mrm, golden_search):
     for case in golden_search["cases"]:
         hidden = tiny_mrm.llama(torch.tensor([tiny_mrm.template(case["prompt"])]))[0, -1]
         expected = torch.tensor(case["first_rewards"], dtype=torch.float64)
-        torch.testing.assert_close(tiny_mrm.rewards(hidden)[:8], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(tiny_mrm.next_rewards(hidden)[:8], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("change, said", [

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import page
+from browser import browser                     # noqa: F401: a fixture
 from conftest import ROOT, run_script
-from model import Prompt
-from search import Branch, ForwardPass, Result, Stats, none, saffron
+from tokenizer import Prompt
+from engine import Branch, Result, Round, Stats
+from search import none, saffron
 
 HOSTILE = '</style><script>document.title = "taken"</script><img src="http://127.0.0.1/x" onerror="taken()">&amp;\\u003c'
 
@@ -91,7 +93,7 @@ def test_numbers_are_the_models_own(searched, trees, smollm2, mrm):
             with torch.no_grad():
                 read = lambda llama, context: llama(torch.tensor([context + before]))[0, -1]
                 p = smollm2.logits(read(smollm2, prompt.policy_tokens(smollm2.template))).softmax(-1)
-                m = mrm.rewards(read(mrm.llama, prompt.reward_tokens(mrm.template)))
+                m = mrm.next_rewards(read(mrm.llama, prompt.reward_tokens(mrm.template)))
             parent = tree["parent"][i]
             assert tree["p"][i] == pytest.approx(p[token].item(), abs=2e-3)
             assert tree["reward"][i] == pytest.approx(m[token].item(), abs=2e-2)
@@ -190,7 +192,7 @@ def reply_of(tokens):
     for token in tokens:
         branch = Branch(branch.tokens + [token], 0.0, False, branch)
         trace.append([branch])
-    return Result(tokens, "", 0.0, False, Stats(), trace, [ForwardPass(0, 1, 0, [])])
+    return Result(tokens, "", 0.0, False, Stats(), trace, [Round(0, 1, 0, [])])
 
 
 def test_no_text_becomes_markup(browser, smollm2, mrm, tmp_path):

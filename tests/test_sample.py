@@ -40,7 +40,7 @@ def test_json(method, smollm2, guard):
     # the guard's reward, without a cache
     encode = smollm2.tokenizer.encode
     context = guard.template(encode("How do magnets work?"), encode("Sure"))
-    expected = guard.rewards(guard.llama(torch.tensor([context + answer["tokens"]]))[0, -1]).item()
+    expected = guard.reward(guard.llama(torch.tensor([context + answer["tokens"]]))[0, -1]).item()
     assert answer["guard"] == pytest.approx(expected, abs=1e-3)
     if method == "best_of_n":
         assert answer["reward"] == pytest.approx(answer["guard"], abs=1e-3)
@@ -99,7 +99,7 @@ def test_half_precision(tmp_path):
     (["--max_new_tokens", 0], "max_new_tokens"),
     (["--prompt", "  "], "prompt is empty"),
     (["--prompt", "word " * 9000], "8192"),
-    (["--prompt", "FILE:no/such/file"], "no/such/file: cannot be read"), (["--prompt", "FILE:/dev/null"], "one prompt a line"),
+    (["--prompt", "FILE:no/such/file"], "no/such/file: no such file"), (["--prompt", "FILE:/dev/null"], "one prompt a line"),
     (["--policy", "no/such/folder"], "no/such/folder: no such folder"),
     (["--policy", "tests/golden/tiny_policy"], "vocab.tiktoken"),
     (["--mrm_base", "tests/golden/tiny_guard"], "different vocabularies"),

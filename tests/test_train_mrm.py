@@ -15,7 +15,9 @@ from conftest import GOLDEN, run_script, torchrun
 from safetensors.torch import load_file, save_file
 
 import train_mrm
-from model import BadInput, Llama, Template
+from files import BadInput
+from tokenizer import Template
+from model import Llama
 from train_mrm import (Example, auc, batches, collate, guard_loss, mrm_loss, predictions, read_labels, read_rewards,
                        weigh)
 
@@ -256,7 +258,7 @@ def test_the_state_before_a_token_predicts_the_reward_after_it(tiny_mrm):
     """mrm_loss against M(s) in full, read off position by position."""
     e = Example("s", [0, 21, 30], [100, 101, 102], [0.5, -1.0, 2.0])
     tokens = e.context + e.reply
-    naive = sum((tiny_mrm.rewards(tiny_mrm.llama(torch.tensor([tokens[:j]]))[0, -1])[tokens[j]] - r) ** 2
+    naive = sum((tiny_mrm.next_rewards(tiny_mrm.llama(torch.tensor([tokens[:j]]))[0, -1])[tokens[j]] - r) ** 2
                 for j, r in zip(range(3, 6), e.targets)) / 3
     torch.testing.assert_close(mrm_loss(tiny_mrm, *collate([e], "cpu")), naive, atol=1e-10, rtol=0)
 
@@ -282,7 +284,7 @@ def test_predictions_come_in_the_order_of_the_examples(tiny_guard):
     data = [Example("s", [0, 5], list(range(60, 60 + n)), [0.0] * n) for n in (9, 2, 7, 4)]
     for example, values in zip(data, predictions(guard, data, "cpu", size=3)):
         hidden = tiny_guard(torch.tensor([example.context + example.reply]))[0, 2:]
-        np.testing.assert_allclose(values, guard.rewards(hidden).detach(), atol=1e-5)
+        np.testing.assert_allclose(values, guard.reward(hidden).detach(), atol=1e-5)
 
 
 def test_auc_is_the_share_of_pairs_in_the_right_order():

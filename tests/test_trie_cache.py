@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from model import BadInput
+from files import BadInput
 from trie_cache import TrieCache
 
 
@@ -155,11 +155,10 @@ def test_the_lowest_free_slot_is_taken_first(tiny_guard):
 
 def attended(trie, q, k, v, slots, sees):
     """trie.attend for tokens at these slots, of which each sees those slots."""
-    trie.slots = torch.tensor(slots)
-    trie.mask = torch.full((len(slots), trie.used), -torch.inf, dtype=q.dtype)
-    for row, visible in zip(trie.mask, sees):
+    mask = torch.full((len(slots), trie.used), -torch.inf, dtype=q.dtype)
+    for row, visible in zip(mask, sees):
         row[visible] = 0
-    return trie.attend(0, q[None], k[None], v[None])[0]
+    return trie.attend(0, q[None], k[None], v[None], torch.tensor(slots), mask)[0]
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from data.download import ROWS_SERVICE, hub_rows, run, write_jsonl  # noqa: E402
-from model import BadInput, Parser                          # noqa: E402
+from files import BadInput, Parser, check_output, run       # noqa: E402
+from data.download import ROWS_SERVICE, hub_rows, write_jsonl   # noqa: E402
 
 DATASET, CONFIG, SPLIT, SUBSETS = "allenai/reward-bench", "default", "filtered", "refusals-"
 
@@ -23,6 +23,8 @@ def main():
     parser.add_argument("--server", default=ROWS_SERVICE, help="the hub's rows service")
     parser.add_argument("--out", type=Path, default=HERE, help="the folder for test.jsonl")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    check_output(args.out / "test.jsonl")
     rows = []
     for row in hub_rows(DATASET, CONFIG, SPLIT, args.out / "download", args.server):
         fields = [row.get(key) for key in ("prompt", "rejected", "subset")]

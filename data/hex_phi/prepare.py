@@ -13,8 +13,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from data.download import hub_file, run, write_jsonl        # noqa: E402
-from model import BadInput, Parser                          # noqa: E402
+from files import BadInput, Parser, check_output, reading, run  # noqa: E402
+from data.download import hub_file, write_jsonl             # noqa: E402
 
 REPOSITORY = "datasets/Unispac/shallow-vs-deep-safety-alignment-dataset"
 FILE = "data/safety_bench/Harmful-HEx-PHI.jsonl"
@@ -22,21 +22,16 @@ FILE = "data/safety_bench/Harmful-HEx-PHI.jsonl"
 
 def read_conversations(path):
     """Rows of a file whose lines are a list of a user's and an assistant's message. Raises BadInput with the line."""
-    try:
+    with reading(path, "UTF-8 text"):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        with reading(f"{path}, line {number}", "a list of a user's and an assistant's message"):
             user, assistant = json.loads(line)
             if (user["role"], assistant["role"]) != ("user", "assistant"):
                 raise ValueError("other roles")
             yield {"prompt": user["content"].strip(), "response": assistant["content"].strip(), "category": "hex_phi"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}, line {number}: expected a list of a user's and an assistant's message "
-                           f"({type(error).__name__}: {error})") from None
 
 
 def main():
@@ -44,6 +39,8 @@ def main():
     parser.add_argument("--from", dest="local", metavar="FILE", help=f"a copy of {Path(FILE).name}, instead of downloading it")
     parser.add_argument("--out", type=Path, default=HERE, help="the folder for test.jsonl")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    check_output(args.out / "test.jsonl")
     rows = list(read_conversations(args.local or hub_file(REPOSITORY, FILE, args.out / "download" / Path(FILE).name)))
     if not rows:
         raise BadInput(f"{args.local or FILE}: there are no conversations in it")

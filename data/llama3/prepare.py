@@ -17,8 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from data.download import NotThere, hub_file, run, write_text   # noqa: E402
-from model import BadInput, Parser, read_json               # noqa: E402
+from files import BadInput, Parser, read_json, reading, run, write_file     # noqa: E402
+from data.download import NotThere, hub_file                # noqa: E402
 
 # Llama 3's pre-tokenizer, and its 256 control tokens, which follow the vocabulary's 128,000.
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -110,9 +110,9 @@ def prepare(get, repository, out):
     if len(lines) != VOCABULARY or config.get("vocab_size") != VOCABULARY + 256:
         raise BadInput(f"{vocabulary}: a vocabulary of {len(lines)} tokens, and vocab_size is {config.get('vocab_size')}; "
                        f"Llama 3's are {VOCABULARY} and {VOCABULARY + 256}")
-    write_text(out / "tokenizer_config.json", json.dumps({"pattern": PATTERN, "special_tokens": special_tokens(),
+    write_file(out / "tokenizer_config.json", json.dumps({"pattern": PATTERN, "special_tokens": special_tokens(),
                                                           "templates": texts}, indent=1) + "\n")
-    write_text(out / "config.json", json.dumps(config | {"_name_or_path": repository}, indent=1) + "\n")
+    write_file(out / "config.json", json.dumps(config | {"_name_or_path": repository}, indent=1) + "\n")
 
 
 def main():

@@ -21,8 +21,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
+from files import Parser, check_output, reading, run        # noqa: E402
 from data.download import fetch, write_jsonl                # noqa: E402
-from model import BadInput, Parser                          # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com"
 JAILBREAKBENCH = (
@@ -50,10 +50,8 @@ SOURCES = {
 def read_source(name, local):
     """Bytes of one file of SOURCES: from the local folder where one is given, else downloaded once."""
     path = Path(local) / name if local else fetch(SOURCES[name], HERE / "download" / name)
-    try:
+    with reading(f"{path} (--from takes a folder in the layout of readme.md)"):
         return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); --from takes a folder in the layout of readme.md") from None
 
 
 def row(source, prompt, response, unsafe):
@@ -206,6 +204,8 @@ def main():
     parser.add_argument("--from", dest="local", help="a folder with the publishers' files, instead of downloading")
     parser.add_argument("--out", type=Path, default=HERE, help="the folder to write to")
     args = parser.parse_args()
+    (args.out / "judge").mkdir(parents=True, exist_ok=True)
+    check_output(args.out / "attack.jsonl")
     read = lambda name: read_source(name, args.local)
     jbb_train, jbb_val, held_out_goals = jailbreakbench(read)
     xs_train, xs_val, refusals, prompts = xstest(read)
@@ -219,7 +219,6 @@ def main():
     replies = [r for r in val if r["source"] in ("jailbreakbench", "xstest")]
     judge = judge_rows(replies, dia_train, prompts, random.Random(1))
     judge_val = validation((jbb_train + xs_train + refused(requests, refusals) + diasafety(read, "test"))[::3], judge)
-    (args.out / "judge").mkdir(exist_ok=True)
     write_jsonl(attacks(val), args.out / "attack.jsonl")
     for name, rows in (("train", train), ("val", val), ("judge/train", judge), ("judge/val", judge_val)):
         write_jsonl(rows, args.out / f"{name}.jsonl")
@@ -229,12 +228,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"could not prepare the labels: {type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

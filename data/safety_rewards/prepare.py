@@ -19,17 +19,19 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
+from files import BadInput, Parser, at_least_1, check_output, read_jsonl, reading, run, write_file  # noqa: E402
+
+import torch                                                # noqa: E402
+from safetensors.torch import save                          # noqa: E402
+from tqdm import tqdm                                       # noqa: E402
+
+from adapters import guard_id, load_guard, load_llama, read_metadata    # noqa: E402
 from data.download import fetch, sha256                     # noqa: E402
-from model import DTYPES, BadInput, Llama, Parser, at_least_1, read_jsonl, read_tensors, write_file  # noqa: E402
-from mrm import guard_id, load_guard, read_metadata         # noqa: E402
-from search import draw, next_logits, nucleus               # noqa: E402
+from model import DTYPES, read_tensors                      # noqa: E402
+from search import draw_tokens, next_logits, nucleus        # noqa: E402
 from train_mrm import Example, predictions                  # noqa: E402
 from trie_cache import TrieCache, compute                   # noqa: E402
 
@@ -40,23 +42,24 @@ PROMPTS_A_BATCH, REPLIES_A_PROMPT = 8, 4
 
 
 def read_hh(local, split):
-    """The lines of HH-RLHF's harmless-base, "train" or "test": local, or downloaded once. One is a pair of dialogues."""
+    """The pairs of dialogues of HH-RLHF's harmless-base, "train" or "test": local, or downloaded once."""
     name = HH_FILE.format(split)
     path = Path(local) / name if local else fetch(HH_URL.format(split), HERE / "download" / name)
-    return gzip.decompress(path.read_bytes()).decode("utf-8").strip().split("\n")
+    with reading(path, "a file of HH-RLHF"):
+        pairs = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode("utf-8").strip().split("\n")]
+        return [{side: pair[side] for side in ("chosen", "rejected")} for pair in pairs]
 
 
 def hh_dialogues(local, count):
     """(dialogue, held out): of `count` pairs of the test split, evenly spread, the preferred and the rejected one in
     turn, two of every twenty held out; or, count being "all", both of all pairs, the test split held out."""
     if count == "all":
-        return [(json.loads(line)[side], split == "test") for split in ("train", "test") for line in read_hh(local, split)
+        return [(pair[side], split == "test") for split in ("train", "test") for pair in read_hh(local, split)
                 for side in ("chosen", "rejected")]
-    lines = read_hh(local, "test") if count else []
-    if count > len(lines):
-        raise BadInput(f"--hh_replies {count}: there are {len(lines)} dialogues")
-    return [(json.loads(lines[i * len(lines) // count])["rejected" if i % 2 else "chosen"], i // 2 % 10 == 0)
-            for i in range(count)]
+    pairs = read_hh(local, "test") if count else []
+    if count > len(pairs):
+        raise BadInput(f"--hh_replies {count}: there are {len(pairs)} dialogues")
+    return [(pairs[i * len(pairs) // count]["rejected" if i % 2 else "chosen"], i // 2 % 10 == 0) for i in range(count)]
 
 
 def hh_replies(llama, dialogues, max_prompt, max_reply):
@@ -109,13 +112,13 @@ def go_on(policy, tries, nodes, texts, limit, generator, uniform=lambda i: False
     nodes, growing = list(nodes), list(range(len(texts)))
     while growing := [i for i in growing if len(texts[i]) < limit]:
         compute(policy, list(dict.fromkeys(tries)))
-        hidden = torch.cat([tries[i].states([nodes[i]]) for i in growing])
+        hidden = torch.cat([tries[i].hidden_at([nodes[i]]) for i in growing])
         for i, p in zip(growing, next_logits(policy, hidden, length=0, min_new_tokens=0).softmax(-1)):
             if uniform(i):
                 tokens = nucleus(p, 0.8)
                 token = tokens[torch.randint(len(tokens), (), generator=generator)].item()
             else:
-                token = draw(p, 0.9, generator)
+                token, = draw_tokens(p, 0.9, 1, generator)
             texts[i].append(token)
             nodes[i] = tries[i].insert(nodes[i], [token])
         growing = [i for i in growing if texts[i][-1] not in policy.config.eos_token_ids]
@@ -159,6 +162,23 @@ def own_replies(policy, harmful, ordinary, turns, batches, args):
     return rows
 
 
+def rewards_after_each_token(guard, examples, device, size=16):
+    """The guard's R of each beginning of each example's reply: a list of float arrays. A Llama Guard's suffix comes
+    after each of them: `size` of these are read at a time, in a trie."""
+    suffix, result = guard.template.suffix, []
+    if not suffix:
+        return predictions(guard, examples, device)
+    for e in examples:
+        trie, rewards = TrieCache(guard.llama), []
+        for start in range(0, len(e.reply), size):
+            ends = range(start + 1, min(start + size, len(e.reply)) + 1)
+            prefixes = [e.context + e.reply[:end] for end in ends]
+            rewards.append(guard.reward(trie([prefix + suffix for prefix in prefixes])).float().cpu())
+            trie.retain(prefixes)
+        result.append(torch.cat(rewards).numpy())
+    return result
+
+
 def write_shard(path, rows, rewards, metadata):
     """A shard as readme.md describes it, written to a temporary name and renamed."""
     flat = lambda lists: torch.tensor([value for values in lists for value in values])
@@ -170,7 +190,7 @@ def write_shard(path, rows, rewards, metadata):
                "replies": flat(replies).int(), "reply_lengths": lengths(replies),
                "rewards": torch.cat([torch.from_numpy(r) for r in rewards])}
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
-    write_file(path, lambda partial: save_file(tensors, partial, metadata))
+    write_file(path, save(tensors, metadata))
 
 
 def write_manifest(out, paths, metadata):
@@ -183,9 +203,7 @@ def write_manifest(out, paths, metadata):
         shards.append({"file": path.name, "replies": len(lengths), "tokens": int(lengths.sum()), "sha256": sha256(path)})
     manifest = {**metadata, "shards": shards, "replies": sum(s["replies"] for s in shards),
                 "tokens": sum(s["tokens"] for s in shards)}
-    partial = out / f"manifest.{os.getpid()}.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out / "manifest.json")
+    write_file(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def count_or_all(text):
@@ -223,7 +241,8 @@ def main():
         raise BadInput(f"--synthetic is {args.synthetic}, but it must be at least 1")
     if not args.out.is_dir():
         raise BadInput(f"--out {args.out}: no such folder")
-    policy = Llama.load(args.policy, getattr(torch, args.dtype), args.device)
+    check_output(args.out / "manifest.json")
+    policy = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     guard = load_guard(args.guard, policy)
     labels = [row for _, row in read_jsonl(args.labels)] if own else []
     requests, turns = harmful_requests(labels), [r["response"] for r in labels if r["source"] == "turned"]
@@ -253,7 +272,7 @@ def main():
         if not rows:
             raise BadInput(f"--shards {args.shards} is more than there are replies for; shard {k} would be empty")
         examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"])) for r in rows]
-        rewards = predictions(guard, examples, args.device)
+        rewards = rewards_after_each_token(guard, examples, args.device)
         write_shard(path, rows, rewards, metadata)
         report(path.name, rows, rewards)
     write_manifest(args.out, paths, metadata)
@@ -270,12 +289,4 @@ def report(name, rows, rewards):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except (OSError, EOFError, ValueError, KeyError) as error:
-        sys.exit(f"could not prepare the corpus: {type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

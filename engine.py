@@ -1,0 +1,372 @@
+"""
+How searches run: each on tries of its own, many prompts side by side, both models in one forward pass, all
+counted.
+
+A search is written as a generator of its steps for one prompt: search.py has them and says how. `search_with`
+makes a function of it, `lockstep` runs it, a `Reader` stands between it and a model's trie, `Backbone` lets
+policy and reward model share a forward pass.
+
+Shapes: n sequences, T tokens, d = hidden_size, K = ranks of all LoRA together.
+"""
+
+import inspect
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from files import BadInput
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from mrm import MRM, PROJECTIONS, Guard, LoRALinear, part_of, shallow_copy
+from trie_cache import TrieCache, compute
+
+
+@dataclass(eq=False)
+class Branch:
+    """A reply under way: a node of the search tree."""
+    tokens: list = field(default_factory=list)      # reply tokens, end-of-sequence included
+    reward: float | None = None                 # R of it, or what M predicted, without beta (deal: its score)
+    finished: bool = False                          # whether its last token is end-of-sequence
+    parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
+    log_prob: float = 0.0                           # log π of all its tokens, where the search adds it up
+
+
+class Ask(NamedTuple):
+    """What a search wants read next: lists of branches."""
+    policy: list = ()                   # by the policy
+    reward: list = ()                   # by the reward model
+    keep: list = ()                     # not to be read now, but gone on from later
+
+
+@dataclass
+class Stats:
+    """What a search cost. A call is one sequence asked for, also where many are computed in one forward
+    pass."""
+    policy_calls: int = 0
+    reward_calls: int = 0
+    tokens_computed: int = 0            # tokens that went through a model, policy and reward model together
+    tokens_cached: int = 0             # tokens of requested sequences that a trie gave without computing them
+    flops: int = 0                      # both models' together; multiply-adds count as two
+    policy_flops: int = 0
+    reward_flops: int = 0               # the guard's or the MRM's
+    seconds: float = 0.0
+    peak_kv_bytes: int = 0              # keys and values in the tries, at their most
+    unshared_kv_bytes: int = 0          # the same if each sequence had kept a copy of its own
+
+
+@dataclass
+class Round:
+    """What one Ask did."""
+    step: int                           # frontiers that stood in the trace before it
+    tokens_computed: int                # by it and all earlier ones
+    tokens_cached: int                  # not computed so far, because a trie had them
+    given_back: list                    # branches whose slots the policy's trie gave back just before it
+
+
+@dataclass
+class Result:
+    tokens: list                        # the reply, without the prefill
+    text: str                           # the same as text; empty when the policy has no vocabulary
+    reward: float | None               # of the reply, as the search saw it (see Branch); None for method none
+    finished: bool
+    stats: Stats
+    trace: list                         # trace[t]: the frontier after t + 1 steps, a list of Branches
+    rounds: list                        # a Round for each Ask
+
+
+# ------------------------------------------------------------------------------------------------------------
+# running searches
+
+def search_with(*kinds, temperature=1.0):
+    """Decorator: make a search of a generator of its steps. kinds: which reward models it takes, of "guard",
+    "mrm" and None. temperature: the search's default.
+
+    The function made of it takes a prompt, or a list of prompts, whose searches then go on in lockstep: what
+    all of them want read is read in one forward pass. Each prompt has tries of its own, so its reply and its
+    stats (but the seconds) are the same as if it were alone, as far as rounding allows: in bfloat16, a batch
+    of another size may decide a draw.
+    """
+    def decorate(steps):
+        named = inspect.signature(steps).parameters
+
+        @torch.no_grad()
+        def search(policy, reward_model, prompts, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
+                   temperature=temperature, beta=0.0, seed=0):
+            kind = kind_of(reward_model)
+            if kind not in kinds:
+                raise BadInput(f"{steps.__name__} takes {' or '.join(map(str, kinds))} as its reward model, "
+                               f"not {kind}")
+            options = dict(width=width, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens,
+                           top_p=top_p, temperature=temperature, beta=beta, seed=seed)
+            check_options(**options)
+            options = {key: value for key, value in options.items() if key in named}
+            several, searches = isinstance(prompts, list), []
+            for prompt in prompts if several else [prompts]:
+                check_prompt(policy, reward_model, prompt, max_new_tokens)
+                readers, trace = [Reader(policy, prompt.policy_tokens(policy.template))], []
+                if reward_model:
+                    readers.append(reward_reader(reward_model, prompt))
+                searches.append((steps(policy, reward_model, trace, **options), readers, trace))
+            results = lockstep(policy, searches)
+            return results if several else results[0]
+        search.__name__, search.__doc__ = steps.__name__, steps.__doc__
+        return search
+    return decorate
+
+
+def kind_of(reward_model):
+    """ "mrm", "guard" (everything else, if it has a `score`) or None."""
+    return "mrm" if isinstance(reward_model, MRM) else "guard" if reward_model else None
+
+
+def lockstep(policy, searches):
+    """The Results of searches: of each its generator, its readers and its trace. In a round, each search goes
+    on to the next thing that it wants read; then all of that is read at once, for policy and reward model
+    together where these differ in LoRA only."""
+    started, results, rounds = time.perf_counter(), {}, [[] for _ in searches]
+    tries_of = [[reader.trie for reader in readers if reader.trie] for _, readers, _ in searches]
+    models = list(dict.fromkeys(trie.model for tries in tries_of for trie in tries))
+    if len(models) == 2 and same_base(*models):
+        shared = Backbone(models)
+    else:
+        shared = None
+    answers = dict.fromkeys(range(len(searches)))     # what each search under way is sent next, at first None
+    while answers:
+        given_back = {}
+        for i, answer in list(answers.items()):
+            steps, readers, trace = searches[i]
+            try:
+                ask = steps.send(answer)
+            except StopIteration as end:
+                reply = end.value
+                text = policy.tokenizer.decode(reply.tokens) if policy.tokenizer else ""
+                stats = total_stats(policy, readers, time.perf_counter() - started)
+                results[i] = Result(reply.tokens, text, reply.reward, reply.finished, stats, trace, rounds[i])
+                del answers[i]
+            else:
+                asked = zip(readers, (ask.policy, ask.reward))
+                given_back[i], *_ = [reader.ask(branches, ask.keep) for reader, branches in asked]
+        waiting = [trie for i in answers for trie in tries_of[i]]
+        if shared:
+            compute(shared, waiting)
+        else:
+            for model in models:
+                compute(model, [trie for trie in waiting if trie.model is model])
+        for i in answers:
+            _, readers, trace = searches[i]
+            hidden, rewards, *_ = [reader.answer() for reader in readers] + [None]
+            answers[i] = hidden, rewards
+            computed, cached = (sum(getattr(trie, what) for trie in tries_of[i]) for what in ("computed", "cached"))
+            rounds[i].append(Round(len(trace), computed, cached, given_back[i]))
+    return [results[i] for i in range(len(searches))]
+
+
+def total_stats(policy, readers, seconds):
+    """The Stats of a search that is over, by what its readers have read; the first is the policy's."""
+    counted, config = [reader for reader in readers if reader.trie], policy.config
+    total = lambda value: sum(map(value, counted))
+    policy_flops = readers[0].flops + 2 * readers[0].calls * config.hidden_size * config.vocab_size
+    reward_flops = sum(reader.flops for reader in counted[1:])
+    return Stats(
+        policy_calls=readers[0].calls,
+        reward_calls=sum(reader.calls for reader in readers[1:]),
+        tokens_computed=total(lambda r: r.trie.computed),
+        tokens_cached=total(lambda r: r.trie.cached),
+        flops=policy_flops + reward_flops, policy_flops=policy_flops, reward_flops=reward_flops,
+        seconds=seconds,
+        peak_kv_bytes=total(lambda r: r.trie.bytes_of(r.trie.used)),
+        unshared_kv_bytes=total(lambda r: r.trie.bytes_of(r.unshared_slots)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# between a search and its models
+
+class Reader:
+    """One model's side of one prompt's search: its trie, the tokens that stand before the reply, and its
+    cost. head: what makes the answer of final hidden states; by default they are the answer."""
+
+    def __init__(self, llama, context, suffix=(), head=lambda hidden: hidden):
+        self.trie, self.context, self.suffix, self.head = TrieCache(llama), context, list(suffix), head
+        self.nodes, self.asked = {}, []                 # the trie's node of each branch it has; those asked for
+        self.calls = self.unshared_slots = 0
+
+    def ask(self, branches, keep=()):
+        """Ask about context + reply + suffix of n branches. The next `compute` reads what is new of them.
+        What is on no path to them, nor to one of `keep`, is forgotten: returns the branches whose slots are
+        given back."""
+        self.asked = []
+        if not branches:
+            return []                                       # not its turn: everything is kept
+        known = [self.nearest(branch) for branch in branches]
+        kept = [self.nearest(branch)[0] for branch in keep]
+        self.trie.keep({node for node, _ in known} | set(kept))
+        given_back = [branch for branch, node in self.nodes.items() if node.slot is None]
+        for branch in given_back:
+            del self.nodes[branch]
+        self.asked = [self.trie.insert(node, tokens + self.suffix) for node, tokens in known]
+        for branch, node in zip(branches, self.asked):
+            for _ in self.suffix:                           # a side branch, on no path to anything later
+                node = node.parent
+            while branch is not None and branch not in self.nodes:
+                self.nodes[branch] = node
+                branch, node = branch.parent, node.parent
+        self.calls += len(branches)
+        self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in self.asked + kept))
+        return given_back
+
+    def nearest(self, branch):
+        """(the node of the longest known beginning of a branch, the tokens from there on)."""
+        tokens, known = branch.tokens, branch
+        while known is not None and known not in self.nodes:
+            known = known.parent
+        if known is None:
+            return self.trie.root, self.context + tokens
+        return self.nodes[known], tokens[len(known.tokens):]
+
+    def answer(self):
+        """What was asked for, when it is computed: (n, ...)."""
+        return self.head(self.trie.hidden_at(self.asked))
+
+    @property
+    def flops(self):
+        """FLOPs so far without the head, where a multiply-add counts as two: 2 · linear weights (LoRA's
+        included) · tokens + 4 · layers · heads · head_dim · (query, key) pairs. The policy's head adds 2 · d
+        · V a call (`total_stats`). Of a guard's or an MRM's, no more is computed than one row for each reward
+        that is asked for: 2 · d, which is not counted.
+        """
+        llama, config = self.trie.model, self.trie.model.config
+        lora = sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)
+        a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        return 2 * (config.linear_params + lora) * self.trie.computed + a_pair * self.trie.attended
+
+
+class Scorer:
+    """In a Reader's place, for a guard of which no more is known than `score`; what that computes is not
+    counted."""
+
+    trie = None
+
+    def __init__(self, guard, prompt):
+        self.guard, self.prompt, self.asked, self.calls = guard, prompt, [], 0
+
+    def ask(self, branches, keep=()):
+        self.asked = branches
+        self.calls += len(branches)
+        return []
+
+    def answer(self):
+        return self.guard.score(self.prompt, [branch.tokens for branch in self.asked]) if self.asked else None
+
+
+def reward_reader(reward_model, prompt):
+    """The reward model's side of a search: an MRM answers with hidden states, a guard with rewards."""
+    if not isinstance(reward_model, (MRM, Guard)):
+        return Scorer(reward_model, prompt)
+    llama, template = reward_model.llama, reward_model.template
+    head = {} if isinstance(reward_model, MRM) else {"head": reward_model.reward}
+    return Reader(llama, prompt.reward_tokens(template), template.suffix, **head)
+
+
+class Backbone:
+    """Llamas that differ in LoRA only, as one: a pass reads the base weights once for the tokens of all of
+    them.
+
+    It is a copy of the Llama in which each projection that some of them adapt is a SharedLinear. Of K, the
+    sum of all ranks, those with `owner == i` belong to llamas[i].
+    """
+
+    def __init__(self, llamas):
+        self.llamas, self.device, self.linears = llamas, llamas[0].device, []
+        ranks = [next((len(m.lora_A) for m in llama.modules() if isinstance(m, LoRALinear)), 0) for llama in llamas]
+        self.owner = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=self.device)  # (K,)
+        self.llama = shallow_copy(llamas[0])
+        for block, *blocks in zip(self.llama.model.layers, *(llama.model.layers for llama in llamas)):
+            for name in PROJECTIONS:
+                linears = [getattr(part_of(b, name), name) for b in blocks]
+                if any(isinstance(linear, LoRALinear) for linear in linears):
+                    self.linears.append(SharedLinear(linears, ranks))
+                    setattr(part_of(block, name), name, self.linears[-1])
+
+    def __call__(self, tokens, positions, cache):
+        """As Llama's forward, with B = 1. cache: a trie_cache.Pass, whose tries say whose the tokens are."""
+        reader = [self.llamas.index(trie.model) for trie in cache.tries for _ in trie.waiting]
+        own = (torch.tensor(reader, device=self.device)[:, None] == self.owner).to(self.llama.dtype)  # (T, K)
+        for linear in self.linears:
+            linear.own = own
+        return self.llama(tokens, positions, cache)
+
+
+class SharedLinear(nn.Module):
+    """y = x Wᵀ + (own ⊙ x Aᵀ) Bᵀ, where A and B hold the LoRA of all Llamas one after another, and zeros for
+    those that have none here. own: which of the ranks are of each token's Llama; Backbone sets it before each
+    pass."""
+
+    def __init__(self, linears, ranks):
+        super().__init__()
+        self.linear = next(linear.linear for linear in linears if isinstance(linear, LoRALinear))
+        self.own, zeros, (d_out, d_in) = None, self.linear.weight.new_zeros, self.linear.weight.shape
+        A, B = [], []
+        for linear, rank in zip(linears, ranks):
+            adapted = isinstance(linear, LoRALinear)
+            A.append(linear.lora_A if adapted else zeros(rank, d_in))
+            B.append(linear.scale * linear.lora_B if adapted else zeros(d_out, rank))
+        self.A, self.B = torch.cat(A), torch.cat(B, dim=1)                             # (K, d_in), (d_out, K)
+
+    def forward(self, x):                                                                   # (1, T, d_in)
+        return self.linear(x) + F.linear(F.linear(x, self.A) * self.own, self.B)            # (1, T, d_out)
+
+
+def same_base(a, b):
+    """Whether two Llamas differ in LoRA only: one is an `add_lora` of the other, or both of a third."""
+    return a.model.embed_tokens.weight is b.model.embed_tokens.weight
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is refused before a search begins
+
+def check_options(width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed):
+    """Raises BadInput for a value outside its range."""
+    for name, value, ok, allowed in (
+            ("width", width, width >= 1, "at least 1"),
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", min_new_tokens, min_new_tokens >= 0, "at least 0"),
+            ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+            ("temperature", temperature, temperature == 0 or 0.01 <= temperature <= 100,
+             "0, or from 0.01 to 100"),
+            ("beta", beta, 0 <= beta <= 100, "from 0 to 100"),
+            ("seed", seed, 0 <= seed < 2 ** 63, "at least 0 and below 2^63")):
+        if not ok:
+            raise BadInput(f"{name} is {value}, but it must be {allowed}")
+
+
+def check_prompt(policy, reward_model, prompt, max_new_tokens):
+    """Raises BadInput for a prompt too long for a model, or two vocabularies. reward_model: None where the
+    search uses none."""
+    readers = [(policy, prompt.policy_tokens(policy.template))]
+    if isinstance(reward_model, (MRM, Guard)):
+        template = reward_model.template
+        readers.append((reward_model.llama, prompt.reward_tokens(template) + template.suffix))
+        check_vocabulary(policy, reward_model.llama)
+    for llama, context in readers:
+        limit = llama.config.max_position_embeddings
+        if len(context) + max_new_tokens > limit:
+            raise BadInput(f"the prompt takes {len(context)} tokens and the reply may take {max_new_tokens} "
+                           f"(max_new_tokens), but {llama.config.name} reads at most {limit} together")
+
+
+def check_vocabulary(policy, other):
+    """Raises BadInput unless both Llamas have the same vocabulary, which reward models need to read the
+    policy's tokens as they are."""
+    tokenizers = {llama.tokenizer.fingerprint for llama in (policy, other) if llama.tokenizer}
+    if policy.config.vocab_size != other.config.vocab_size or len(tokenizers) > 1:
+        raise BadInput(f"the policy {policy.config.name} and the reward model on {other.config.name} have "
+                       "different vocabularies; they must share one")
+
+
+def check_numbers(values, giving):
+    """Raises BadInput where a value is not a number. giving: who gives what."""
+    if values.isnan().any():
+        raise BadInput(f"{giving} that are not numbers; its weights, or their dtype, are to blame")
