@@ -111,13 +111,13 @@ def fill(model, path, found, said):
     """A reward model whose trained tensors get the values found. Raises BadInput when a name or shape
     differs."""
     wanted = trained_tensors(model)
-    for name in wanted.keys() ^ found.keys():
-        raise BadInput(f"{path}: tensor {name} is {'missing' if name in wanted else 'not expected'}")
-    for name, tensor in wanted.items():
-        if tensor.shape != found[name].shape:
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found or name not in wanted:
+            raise BadInput(f"{path}: tensor {name} is {'missing' if name in wanted else 'not expected'}")
+        if wanted[name].shape != found[name].shape:
             raise BadInput(f"{path}: tensor {name} has shape {tuple(found[name].shape)}, "
-                           f"expected {tuple(tensor.shape)} ({said})")
-        tensor.data.copy_(found[name])
+                           f"expected {tuple(wanted[name].shape)} ({said})")
+        wanted[name].data.copy_(found[name])
     return model
 
 

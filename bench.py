@@ -1,30 +1,26 @@
 """
 How fast the search is, and how near it comes to what this machine's memory allows.
 
-    python bench.py                         widths 1, 4, 16, 64 with 32 new tokens, on the default models
-    python bench.py --length                seconds and memory against the length of the reply, width 4
-    python bench.py --prompt_length         the same against the length of the prompt
-    python bench.py --prompts 8             eight prompts side by side against one after another, width 4
-    python bench.py --busy                  a search alone, beside another busy process, and two at once, width 4
-    python bench.py --safety rebase         another search than saffron
-    python bench.py --plot speed.png        seconds per step against width and against length, drawn
-    python bench.py --profile               the ten costliest operators at width 4
+    python bench.py                     widths 1, 4, 16, 64 with 32 new tokens, on the default models
+    python bench.py --length            seconds and memory against the length of the reply, width 4
+    python bench.py --prompts 8         eight prompts side by side against one after another, width 4
+    python bench.py --busy              a search alone, beside a busy process, and beside another search, width 4
 
-"copies" is the search of saffron.py, as it is commonly run: the policy's forward pass, then the MRM's, each
-with a batch in which every sequence of the frontier has keys and values of its own, and all of M(s). "KV MB"
-is keys and values in use, of either. "of limit" is the share of what memory bandwidth allows where each model
-reads its own weights at each step: the bytes of both / the bandwidth, which is measured at the start / the
-seconds of a step. Weights that both share are counted twice, so that sharing shows as a gain.
+"copies" is the page saffron.py with keys and values as they are commonly kept: the policy's forward pass,
+then the MRM's, each with a batch in which every sequence has a copy of its own, and all of M(s). "KV MB" is
+keys and values in use. "of limit" is the share of what memory bandwidth allows where each model reads its own
+weights at each step: the bytes of both / the bandwidth, measured at the start / the seconds of a step.
+Weights that both share count twice, so that sharing shows as a gain.
 """
 
 import functools
-import importlib.util
-import io
 import json
-import multiprocessing
 import platform
+import subprocess
+import sys
 import time
 from argparse import ArgumentTypeError
+from importlib.util import find_spec
 from pathlib import Path
 
 from files import BadInput, Parser, at_least_1, check_output, run, write_file
@@ -33,19 +29,19 @@ import torch
 import torch.nn.functional as F
 
 from mrm import MRM, Guard
-from sample import add_model_options, load_models
 from saffron import PROMPT, saffron
+from sample import add_model_options, load_models
 from search import SEARCHES
 
 WIDTHS, LENGTHS, PROMPT_LENGTHS = [1, 4, 16, 64], [32, 64, 128, 256, 512], [32, 128, 512, 2048]
 WIDTH, LENGTH = 4, 32                       # where the other one is swept
-COLUMNS = {"width": "d", "prompt": "d", "new": "d", "seconds": ".2f", "copies": ".2f", "ratio": ".2f", "ms/step": ".0f",
-           "computed": "d", "cached": "d", "KV MB": ".1f", "copies MB": ".1f", "of limit": ".2f"}
+FORMATS = {"seconds": ".2f", "copies": ".2f", "ratio": ".2f", "ms/step": ".0f", "KV MB": ".1f",
+           "copies MB": ".1f", "of limit": ".2f"}
 
 
 class CopyCache:
-    """Hidden states of sequences of equal length, each of which goes on by a token from one of the last call
-    and has a copy of its keys and values."""
+    """Hidden states of sequences of equal length: each goes on from one of the last call by a token, and has
+    a copy of its keys and values."""
 
     def __init__(self, model):
         self.model, self.rows, self.layers, self.peak_bytes = model, {(): 0}, {}, 0
@@ -65,8 +61,9 @@ class CopyCache:
     def attend(self, layer, q, k, v):                       # (n, heads, T, head_dim); all T of a row are new
         if layer in self.layers:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
-        self.layers[layer] = k, v                                            # (n, kv_heads, S, head_dim) each
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        self.layers[layer] = k, v                           # (n, kv_heads, S, head_dim) each
+        new, all_ = q.shape[2], k.shape[2]
+        mask = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
@@ -101,56 +98,16 @@ def timed_row(search, policy, reward_model, limit, width, new, length=None):
     """A row of the table: one search and, of saffron, the copies on the same prompt. No reply ends early.
     limit: seconds that a step takes at least."""
     prompt, copies, copies_bytes = prompt_of(policy, length), None, None
-    stats = search(policy, reward_model, prompt, width=width, max_new_tokens=new, min_new_tokens=new).stats
+    stats = search(prompt, width=width, max_new_tokens=new, min_new_tokens=new).stats
     if isinstance(reward_model, MRM):
         caches, started = (CopyCache(policy), CopyCache(reward_model.llama)), time.perf_counter()
         saffron(policy, reward_model, prompt, width, new, new, read=caches)
         copies, copies_bytes = time.perf_counter() - started, sum(cache.peak_bytes for cache in caches)
     return {"width": width, "prompt": len(prompt.policy_tokens(policy.template)), "new": new,
             "seconds": stats.seconds, "copies": copies, "ratio": copies and stats.seconds / copies,
-            "ms/step": stats.seconds / new * 1e3, "computed": stats.tokens_computed, "cached": stats.tokens_cached,
-            "KV MB": stats.peak_kv_bytes / 1e6, "copies MB": copies_bytes and copies_bytes / 1e6,
-            "of limit": limit * new / stats.seconds}
-
-
-def print_row(row):
-    cells = ("–" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items())
-    print("".join(f"{cell:>11}" for cell in cells), flush=True)
-
-
-def plot(path, rows):
-    """Seconds per step against the width (rows of LENGTH new tokens) and against the length (rows of
-    WIDTH)."""
-    import matplotlib
-    matplotlib.use("Agg")                                   # draws to a file, needs no display
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
-    for axis, x, fixed, value, title in ((axes[0], "width", "new", LENGTH, f"{LENGTH} new tokens"),
-                                         (axes[1], "new", "width", WIDTH, f"width {WIDTH}")):
-        mine = sorted((r for r in rows if r[fixed] == value), key=lambda r: r[x])
-        for label, seconds in (("trie", "seconds"), ("a copy for each sequence", "copies")):
-            points = [(r[x], r[seconds] / r["new"]) for r in mine if r[seconds] is not None]
-            if points:
-                axis.plot(*zip(*points), marker="o", label=label)
-        axis.set(xlabel={"width": "width", "new": "new tokens"}[x], title=title, xscale="log", ylim=0)
-        axis.set_xticks([r[x] for r in mine], [str(r[x]) for r in mine], minor=False)
-        axis.minorticks_off()
-    axes[0].set_ylabel("seconds per step")
-    axes[0].legend()
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:])
-    write_file(path, content.getvalue())
-
-
-def profile(search, prompt):
-    """Print the ten operators that take the most time, themselves."""
-    with torch.profiler.profile() as profiler:
-        search(prompt)
-    events = profiler.key_averages()
-    total = sum(event.self_cpu_time_total for event in events)
-    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:10]:
-        print(f"{event.key[:50]:50} {event.self_cpu_time_total / 1e3:8.0f} ms  {event.self_cpu_time_total / total:4.0%}"
-              f"  {event.count:6d} calls")
+            "ms/step": stats.seconds / new * 1e3, "computed": stats.tokens_computed,
+            "cached": stats.tokens_cached, "KV MB": stats.peak_kv_bytes / 1e6,
+            "copies MB": copies_bytes and copies_bytes / 1e6, "of limit": limit * new / stats.seconds}
 
 
 def compare_batch(search, policy, count):
@@ -158,38 +115,22 @@ def compare_batch(search, policy, count):
     prompts = [prompt_of(policy, 40 + i) for i in range(count)]
     alone = sum(search(prompt).stats.seconds for prompt in prompts)
     together = search(prompts)[-1].stats.seconds
-    print(f"{count} prompts, width {WIDTH}, {LENGTH} new tokens: one after another {alone:.2f} s, side by side "
-          f"{together:.2f} s, ratio {together / alone:.2f}")
+    print(f"{count} prompts, width {WIDTH}, {LENGTH} new tokens: one after another {alone:.2f} s, "
+          f"side by side {together:.2f} s, ratio {together / alone:.2f}")
 
 
-def compare_busy(search, policy, args):
-    """Print what a search costs alone, beside a process that keeps a core busy, and beside another that
-    searches."""
-    prompt, seconds = prompt_of(policy), {}
-    for name, other in (("alone", None), ("beside a busy process", spin), ("two searches at once", keep_searching)):
-        started = multiprocessing.get_context("spawn").Event()
-        process = other and multiprocessing.get_context("spawn").Process(target=other, args=(started, args), daemon=True)
-        if process:
-            process.start()
-            started.wait()
-        seconds[name] = min(search(prompt).stats.seconds for _ in range(5))
-        if process:
-            process.kill()
-        print(f"{name}: {seconds[name] / LENGTH * 1e3:.0f} ms a step, {seconds[name] / seconds['alone']:.2f} times alone")
-
-
-def spin(started, args):
-    started.set()
-    while True:
-        pass
-
-
-def keep_searching(started, args):
-    policy, _, _, reward_models = load_models(args, [args.safety])
-    while True:
-        SEARCHES[args.safety].search(policy, reward_models[args.safety], prompt_of(policy), width=WIDTH,
-                                     max_new_tokens=LENGTH, min_new_tokens=LENGTH)
-        started.set()
+def compare_busy(search, prompt):
+    """Print what a step costs alone, beside a process that keeps a core busy, and beside another search."""
+    spin = ["-c", "import sys; print(file=sys.stderr, flush=True)\nwhile True: pass"]
+    length, alone = ["--max_new_tokens", "2000", "--min_new_tokens", "2000"], None
+    for name, command in (("alone", ["-c", "print()"]), ("beside a busy process", spin),
+                          ("two searches at once", ["sample.py", "--json", "--prompt", PROMPT, *length])):
+        other = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        other.stderr.readline()                             # until it has begun, or ended
+        seconds = sum(search(prompt).stats.seconds for _ in range(5)) / 5
+        alone = alone or seconds
+        print(f"{name}: {seconds / LENGTH * 1e3:.0f} ms a step, {seconds / alone:.2f} times as long as alone")
+        other.kill()
 
 
 def numbers(text):
@@ -200,23 +141,22 @@ def numbers(text):
 
 def parse_arguments():
     parser = Parser(description="How fast the search is.")
+    add = functools.partial(parser.add_argument, metavar="N,N")
+    add("--width", type=numbers, help="widths of the table (default: 1,4,16,64)")
+    add("--length", type=numbers, nargs="?", const=LENGTHS, help="reply lengths, at width 4 or --width")
+    add("--prompt_length", type=numbers, nargs="?", const=PROMPT_LENGTHS, help="the same of prompts")
     add = parser.add_argument
-    add("--width", type=numbers, metavar="N,N", help="widths of the table (default: 1,4,16,64)")
-    add("--length", type=numbers, nargs="?", const=LENGTHS, metavar="N,N", help="reply lengths, at width 4 or --width")
-    add("--prompt_length", type=numbers, nargs="?", const=PROMPT_LENGTHS, metavar="N,N", help="the same of prompts")
-    add("--prompts", type=at_least_1, metavar="N", help="so many prompts side by side, and one after another")
+    add("--prompts", type=at_least_1, metavar="N", help="so many side by side, and one after another")
     add("--busy", action="store_true", help="a search alone, beside a busy process, and two at once")
-    add("--plot", type=Path, metavar="FILE", help="draw the table and the sweep of --length: .png, .svg or .pdf")
+    add("--plot", type=Path, metavar="FILE", help="draw width and length: .png, .svg or .pdf")
     add("--profile", action="store_true", help="the ten costliest operators")
     add("--out", type=Path, metavar="FILE", help="write the table as JSON too")
     add("--safety", choices=list(SEARCHES), default="saffron", help="the search (default: saffron)")
     add_model_options(add)
     args = parser.parse_args()
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    for path in filter(None, (args.plot, args.out)):        # before the measurements, not after them
+    if args.plot and (args.plot.suffix not in (".png", ".svg", ".pdf") or not find_spec("matplotlib")):
+        parser.error(f"--plot {args.plot}: expected a .png, .svg or .pdf, and matplotlib (pip install matplotlib)")
+    for path in filter(None, (args.plot, args.out)):                 # before the measurements, not after them
         check_output(path)
     return args
 
@@ -225,38 +165,42 @@ def main():
     args = parse_arguments()
     policy, _, _, reward_models = load_models(args, [args.safety])
     reward_model = reward_models[args.safety]
-    search = functools.partial(SEARCHES[args.safety].search, policy, reward_model, width=WIDTH, max_new_tokens=LENGTH,
-                               min_new_tokens=LENGTH)
-    search(prompt_of(policy), width=2, max_new_tokens=2)                          # the first calls are slower
+    search = functools.partial(SEARCHES[args.safety].search, policy, reward_model, width=WIDTH,
+                               max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+    search(prompt_of(policy), width=2, max_new_tokens=2)                # the first calls are slower
     if args.profile:
-        return profile(search, prompt_of(policy))
+        with torch.profiler.profile() as profiler:
+            search(prompt_of(policy))
+        return print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
     if args.prompts:
         return compare_batch(search, policy, args.prompts)
     if args.busy:
-        return compare_busy(search, policy, args)
-    size = weight_bytes(policy) + (weight_bytes(reward_model.llama) if isinstance(reward_model, (MRM, Guard)) else 0)
-    speed = bandwidth(args.device)
+        return compare_busy(search, prompt_of(policy))
+    models = [policy] + ([reward_model.llama] if isinstance(reward_model, (MRM, Guard)) else [])
+    size, speed = sum(map(weight_bytes, models)), bandwidth(args.device)
     machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
-               f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {args.dtype} on {args.device}")
+               f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
+               f"{args.dtype} on {args.device}")
     print(f"{machine}\n{args.safety}; memory bandwidth {speed / 1e9:.1f} GB/s; weights {size / 1e9:.2f} GB")
-    print("".join(f"{name:>11}" for name in COLUMNS))
     lengths = [(w, n) for w in args.width or [WIDTH] for n in args.length or LENGTHS]
-    widths = [(w, LENGTH) for w in args.width or WIDTHS]
+    cases = lengths if args.length and not args.plot else [(w, LENGTH) for w in args.width or WIDTHS]
     if args.plot:
-        cases = widths + [case for case in lengths if case not in widths]
+        cases += [case for case in lengths if case not in cases]
     elif args.prompt_length:
         cases = [(w, LENGTH, n) for w in args.width or [WIDTH] for n in args.prompt_length]
-    else:
-        cases = lengths if args.length else widths
     rows = []
     for case in cases:
-        rows.append(timed_row(SEARCHES[args.safety].search, policy, reward_model, size / speed, *case))
-        print_row(rows[-1])
+        rows.append(timed_row(search, policy, reward_model, size / speed, *case))
+        if len(rows) == 1:
+            print("".join(f"{name:>11}" for name in rows[0]))
+        cells = ("–" if x is None else format(x, FORMATS.get(name, "d")) for name, x in rows[-1].items())
+        print("".join(f"{cell:>11}" for cell in cells), flush=True)
     if args.out:
         report = {"safety": args.safety, "machine": machine, "bandwidth": speed, "rows": rows}
         write_file(args.out, json.dumps(report, indent=1) + "\n")
     if args.plot:
-        plot(args.plot, rows)
+        from results.draw import seconds_a_step
+        seconds_a_step(args.plot, rows, WIDTH, LENGTH)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def parse_arguments():
         args.prompt, args.prefill = PROMPT, args.prefill or PREFILL
     args.prompts = read_prompts(args.prompt)
     if args.html and (len(args.prompts) > 1 or args.html.resolve() == page.TEMPLATE):
-        raise BadInput(f"--html {args.html}: expected one prompt, and another name than that of {page.TEMPLATE.name}")
+        raise BadInput(f"--html {args.html}: expected one prompt, and not the page that all others are made of")
     if args.html:
         check_output(args.html)
     return args

@@ -4,7 +4,7 @@ Train a reward model: the guard on labelled replies, or the MRM on the rewards t
     python train_mrm.py --objective guard --data data/safety_labels  --out data/smollm2/guard.safetensors
     python train_mrm.py --objective mrm   --data data/safety_rewards --out data/smollm2/mrm.safetensors
 
-    torchrun --nproc_per_node 4 train_mrm.py --device cuda ...        the same run, each batch shared by four processes
+    torchrun --nproc_per_node 4 train_mrm.py --device cuda ...    each batch shared by four processes
 
 Only LoRA and the small head are trained (mrm.py). Each validation also writes a checkpoint beside --out, from
 which --resume goes on, on a CPU bit for bit. The log goes to stdout.
@@ -20,10 +20,9 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from files import BadInput, Parser, at_least_1, check_output, read_jsonl, reading, run, write_file
+from files import BadInput, Parser, at_least_1, check_output, reading, run, write_file
 
 import numpy as np
 import torch
@@ -32,85 +31,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from adapters import fill, guard_id, load_adapter, load_guard, load_llama, read_metadata, save_adapter
-from model import read_tensors
+from adapters import fill, guard_id, load_adapter, load_guard, load_llama, save_adapter
+from data.corpus import read_labels, read_rewards
 from mrm import MRM, Guard, add_lora, partial_supervision_loss, trained_tensors, unseen_tokens
 
 WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or after so many tokens
 SMOOTHING = 0.02            # of the guard's labels
 RESUME = "--resume goes on from the last checkpoint"
 
-# ------------------------------------------------------------------------------------------------------------
-# data
-
-@dataclass
-class Example:
-    """One reply. targets: the label (0 safe, 1 unsafe) or the guard's reward, one number for each reply
-    token."""
-    source: str
-    context: list               # tokens up to the reply
-    reply: list                 # tokens of the reply
-    targets: list
-
-
-def read_labels(path, llama, max_prompt, max_reply):
-    """Examples from data/safety_labels: the last max_prompt tokens of each prompt, the first max_reply tokens
-    of prefill, response and end-of-sequence. A prefill, where a row has one, is an unsafe beginning of the
-    reply; the row's label is that of the response after it. Raises BadInput with the line number of a
-    malformed row."""
-    examples, template = [], llama.tokenizer.template("reward")
-    for number, row in read_jsonl(path):
-        row = {"prefill": ""} | row
-        if not (all(isinstance(row.get(key), str) for key in ("source", "prompt", "prefill", "response"))
-                and row.get("unsafe") in (0, 1)):
-            raise BadInput(f'{path}, line {number}: expected {{"source": text, "prompt": text, "response": text, '
-                           f'"unsafe": 0 or 1}}, and perhaps "prefill": text')
-        prompt, prefill, response = (llama.tokenizer.encode(row[key]) for key in ("prompt", "prefill", "response"))
-        response.append(llama.config.eos_token_ids[0])
-        targets = [1.0] * len(prefill) + [float(row["unsafe"])] * len(response)
-        examples.append(Example(row["source"], template(prompt[-max_prompt:]), (prefill + response)[:max_reply],
-                                targets[:max_reply]))
-    return examples
-
-
-def read_rewards(folder, llama, guard=None):
-    """(training, held-out) examples from the shards of data/safety_rewards, whose readme.md describes them.
-    Raises BadInput when a shard is missing, incomplete, or made with another vocabulary or run than it
-    should; with the id of a guard (mrm.guard_id), also when another guard has given the rewards."""
-    template, paths = llama.tokenizer.template("reward"), sorted(Path(folder).glob("corpus-*.safetensors"))
-    metadata = [read_metadata(path) for path in paths]
-    if not paths or metadata[0].get("shards") != len(paths):
-        raise BadInput(f"{folder}: found {len(paths)} shards of a corpus, expected "
-                       f"{metadata[0].get('shards') if paths else 'some'}; data/safety_rewards/prepare.py makes them")
-    training, held_out = [], []
-    for path, meta in zip(paths, metadata):
-        checks = [("vocabulary", meta.get("vocabulary"), llama.tokenizer.fingerprint),
-                  ("run", meta.get("run"), metadata[0].get("run"))]
-        if guard:
-            checks.append(("guard", meta.get("run", {}).get("guard"), guard))
-        for what, theirs, ours in checks:
-            if theirs != ours:
-                raise BadInput(f"{path} was made for the {what} {theirs}, but here it must be {ours}")
-        data = dict(read_tensors(path))
-        split = lambda name, lengths: [t.tolist() for t in data[name].split(data[lengths].tolist())]
-        with reading(path, "a shard of data/safety_rewards"):
-            sources = [meta["source_names"][i] for i in data["sources"].tolist()]
-            rows = zip(data["held_out"].tolist(), sources, split("prompts", "prompt_lengths"),
-                       split("replies", "reply_lengths"), split("rewards", "reply_lengths"))
-        for is_held_out, source, prompt, reply, rewards in rows:
-            (held_out if is_held_out else training).append(Example(source, template(prompt), reply, rewards))
-    return training, held_out
-
 
 def batches(examples, size, seed):
     """The examples in a random order, in lists of `size` of about equal length: little is lost to padding."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    pool = 64 * size
-    order = [i for start in range(0, len(order), pool)
-             for i in sorted(order[start:start + pool], key=lambda i: len(examples[i].context + examples[i].reply))]
-    chunks = [order[start:start + size] for start in range(0, len(order), size)]
-    return [[examples[i] for i in chunks[c]] for c in torch.randperm(len(chunks), generator=generator).tolist()]
+    shuffled = lambda items: [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+    parts = lambda items, n: [items[start:start + n] for start in range(0, len(items), n)]
+    by_length = lambda pool: sorted(pool, key=lambda e: len(e.context + e.reply))
+    ordered = [example for pool in parts(shuffled(examples), 64 * size) for example in by_length(pool)]
+    return shuffled(parts(ordered, size))
 
 
 def weigh(examples, weights):
@@ -119,7 +56,8 @@ def weigh(examples, weights):
     weight of a source that is not there."""
     sources = {example.source for example in examples}
     if not weights.keys() <= sources:
-        raise BadInput(f"--weights names {', '.join(weights.keys() - sources)}, but the sources are {', '.join(sources)}")
+        wrong = ", ".join(weights.keys() - sources)
+        raise BadInput(f"--weights names {wrong}, but the sources are {', '.join(sources)}")
     counts, result = {}, []
     for example in examples:
         i, w = counts.get(example.source, 0), weights.get(example.source, 1)
@@ -247,8 +185,7 @@ def save_checkpoint(path, args, step, reward_model, optimizer):
 
 
 def load_checkpoint(path, args, reward_model, optimizer):
-    """Restore model and optimizer; returns the step to go on with. Raises BadInput for another run's
-    checkpoint."""
+    """Restore model and optimizer: the step to go on with. Raises BadInput for another run's checkpoint."""
     if not path.is_file():
         raise BadInput(f"{path}: no checkpoint to resume from")
     with reading(path, "a checkpoint of train_mrm.py"):
@@ -263,7 +200,7 @@ def load_checkpoint(path, args, reward_model, optimizer):
 
 def run_identity(args):
     """The arguments that must be equal for a run to be the same run."""
-    free = ("resume", "stop_after", "out", "device", "command", "eval_every", "eval_replies", "log_every", "accumulate")
+    free = "resume stop_after out device command eval_every eval_replies log_every accumulate".split()
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
@@ -272,8 +209,8 @@ def load_data(args, llama):
     if llama.tokenizer is None:
         raise BadInput(f"{args.base} has no vocab.tiktoken; data/smollm2/prepare.py shows how to write one")
     if args.objective == "guard":
-        training, held_out = [read_labels(Path(args.data) / f"{name}.jsonl", llama, args.max_prompt, max_reply)
-                              for name, max_reply in (("train", args.max_reply), ("val", WHOLE_REPLY))]
+        read = lambda name, length: read_labels(Path(args.data) / name, llama, args.max_prompt, length)
+        training, held_out = read("train.jsonl", args.max_reply), read("val.jsonl", WHOLE_REPLY)
     else:
         guard = args.guard and guard_id(args.guard, load_guard(args.guard, llama))
         training, held_out = read_rewards(args.data, llama, guard)
@@ -290,10 +227,10 @@ class Objective(nn.Module):
     def __init__(self, reward_model, loss_of, args):
         super().__init__()
         self.reward_model, self.loss_of = reward_model, loss_of
-        self.autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+        self.device, self.low = torch.device(args.device).type, args.dtype == "bfloat16"
 
     def forward(self, *batch):
-        with self.autocast:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.low):
             return self.loss_of(self.reward_model, *batch)
 
 
@@ -306,8 +243,7 @@ def backward(objective, examples, args):
     for i in range(args.accumulate):
         piece = examples[rank * args.accumulate + i::pieces]
         share = sum(len(e.reply) for e in piece) / sum(len(e.reply) for e in examples)
-        # Gradients go over the wire once, after the last piece. A process without a piece computes one, for
-        # nothing.
+        # Gradients go over the wire once, after the last piece. Who has no piece computes one, for nothing.
         last = i == args.accumulate - 1 or processes == 1
         with contextlib.nullcontext() if last else objective.no_sync():
             loss = share * objective(*collate(piece or examples[:1], args.device))
@@ -325,22 +261,23 @@ def log(text):
 
 
 def train(args):
-    """A whole run: data, model, steps with validations and checkpoints, the adapter and its final
-    validation."""
+    """A whole run: data, model, steps with validations and checkpoints, the adapter, its validation."""
     out = Path(args.out)
     if not args.validate:
         out.parent.mkdir(parents=True, exist_ok=True)
         check_output(out)
     llama = load_llama(args.base, torch.float64 if args.dtype == "float64" else torch.float32, args.device)
     training, held_out = load_data(args, llama)
-    loss_of, validate = (guard_loss, validate_guard) if args.objective == "guard" else (mrm_loss, validate_mrm)
+    of_guard = args.objective == "guard"
+    loss_of, validate = (guard_loss, validate_guard) if of_guard else (mrm_loss, validate_mrm)
     first = not dist.is_initialized() or dist.get_rank() == 0          # the process that validates and writes
     if args.validate:
         return log_report(f"{out}, all {len(held_out)} held-out replies",
                           validate(load_adapter(out, llama, args.objective), held_out, args.device))
     reward_model = new_reward_model(args, llama, training)
     generator = torch.Generator().manual_seed(args.seed)
-    some = [held_out[i] for i in torch.randperm(len(held_out), generator=generator)[:args.eval_replies].tolist()]
+    order = torch.randperm(len(held_out), generator=generator)[:args.eval_replies].tolist()
+    some = [held_out[i] for i in order]
     parameters = [p for p in trained_tensors(reward_model).values() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     objective = Objective(reward_model, loss_of, args)
@@ -349,9 +286,9 @@ def train(args):
     checkpoint, step = out.with_name(out.name + ".checkpoint.pt"), 0
     if args.resume:
         step = load_checkpoint(checkpoint, args, reward_model, optimizer)
-    log(f"{args.objective}: {len(training)} replies, {sum(len(e.reply) for e in training)} supervised tokens, "
-        f"{sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps")
-    if args.objective == "mrm":
+    log(f"{args.objective}: {len(training)} replies, {sum(len(e.reply) for e in training)} supervised tokens"
+        f", {sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps")
+    if not of_guard:
         log(f"seen tokens: {int((~reward_model.unseen).sum())} of {len(reward_model.unseen)}")
         log(f"rewards: {histogram(np.concatenate([e.targets for e in training]))}")
 
@@ -365,8 +302,8 @@ def train(args):
             group["lr"] = learning_rate(step, args)
         losses.append(backward(objective, order[position], args))
         if not math.isfinite(losses[-1]):
-            raise SystemExit(f"step {step}: the loss is {losses[-1]}, on epoch {epoch}, batch {position}, of sources "
-                             f"{[e.source for e in order[position]]}; nothing was saved since the last checkpoint")
+            sys.exit(f"step {step}: the loss is {losses[-1]}, on epoch {epoch}, batch {position}, of sources "
+                     f"{[e.source for e in order[position]]}; nothing was saved since the last checkpoint")
         torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -377,10 +314,12 @@ def train(args):
                 f"{tokens_read / (time.time() - started):.0f} tokens/s")
         if first and step < args.steps and (step % args.eval_every == 0 or step == args.stop_after):
             save_checkpoint(checkpoint, args, step, reward_model, optimizer)
-            log_report(f"step {step}, {len(some)} held-out replies", validate(reward_model, some, args.device))
+            report = validate(reward_model, some, args.device)
+            log_report(f"step {step}, {len(some)} held-out replies", report)
     if step < args.steps or not first:              # stopped by --stop_after, or another process writes
         return
-    save_adapter(reward_model, out, args.rank, args.alpha, args.targets.split(","), args.first_layer, args.command)
+    targets = args.targets.split(",")
+    save_adapter(reward_model, out, args.rank, args.alpha, targets, args.first_layer, args.command)
     log(f"wrote {out} after {time.time() - started:.0f} s")
     log_report(f"as written, all {len(held_out)} held-out replies",
                validate(load_adapter(out, llama, args.objective), held_out, args.device))
@@ -438,9 +377,9 @@ def main():
     add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
     add("--guard", metavar="PATH", help="MRM: refuse rewards that another guard has given than this one")
     add("--min_count", type=int, default=1, help="MRM: a token counts as seen from so many occurrences on")
-    add("--accumulate", type=at_least_1, default=1, help="pieces that a process cuts its part of a batch into: less memory")
-    add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32",
-        help="bfloat16: products in it, weights in float32; much faster where the hardware multiplies in bfloat16")
+    add("--accumulate", type=at_least_1, default=1, help="pieces of a process' part of a batch: less memory")
+    add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="bfloat16: products in "
+        "it, weights in float32; faster where the hardware multiplies in it")
     add("--eval_every", type=at_least_1, default=200)
     add("--eval_replies", type=at_least_1, default=400, help="replies of each validation but the last")
     add("--log_every", type=at_least_1, default=20)
@@ -455,15 +394,16 @@ def main():
     if not dist.is_initialized():
         return train(args)
     # torchrun ends the others when one has died: let them say so.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"another process has died, or torchrun was stopped; {RESUME}"))
+    died = f"another process has died, or torchrun was stopped; {RESUME}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(died))
     try:
         train(args)
     except RuntimeError as error:
-        sys.exit(f"process {rank} of {processes} stops: {str(error).strip().splitlines()[0]}\nWhere this says that a "
-                 f"connection was closed, another process has died; {RESUME}")
+        sys.exit(f"process {rank} of {processes} stops: {str(error).strip().splitlines()[0]}\n"
+                 f"Where this says that a connection was closed, another process has died; {RESUME}")
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)             # DistributedDataParallel keeps gloo's threads: one that needs Python while it ends aborts
+    os._exit(0)             # gloo's threads stay, and one that needs Python while it ends would abort
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from conftest import ROOT, SMOLLM2, in_two_processes, run_script
 from safetensors.torch import load_file
 
 from adapters import guard_id, read_metadata
-from train_mrm import read_rewards
+from data.corpus import read_rewards
 
 
 def script(name):
@@ -56,14 +56,14 @@ def test_tensor_names():
     assert prepare.hugging_face_name("token_embd.weight") == "model.embed_tokens.weight"
 
 
-@pytest.mark.parametrize("content, said", [(b"something else", "sha256 is .*expected"), (None, "cannot be read")])
+@pytest.mark.parametrize("content, said", [(b"something else", "sha256 is .*expected"), (None, "no such file")])
 def test_a_wrong_wheel_is_refused_in_one_line(tmp_path, content, said):
     """And nothing is left behind. On a copy of the folder, so that the real weights are not touched."""
     copy = shutil.copy(SMOLLM2 / "prepare.py", tmp_path)
     if content:
         (tmp_path / "some.whl").write_bytes(content)
     status, _, error = run_script(copy, "--wheel", tmp_path / "some.whl")
-    assert status == 1 and error.count("\n") == 1
+    assert status == 2 and error.count("\n") == 1
     assert re.search(said, error)
     assert {p.name for p in tmp_path.iterdir()} <= {"prepare.py", "some.whl"}
 
@@ -294,11 +294,11 @@ def test_only_missing_shards_are_made(small_corpus, tmp_path):
 def test_prompts_of_our_own():
     """At least 120 harmful ones over ten categories and 120 harmless ones, half of them look-alikes; dev and test have
     none in common, and eval.py reads them all."""
-    from eval import read_rows
+    from data.corpus import read_attacks
     rows = {}
     for name in ("harmful_dev", "harmful_test", "harmless_dev", "harmless_test"):
         path = ROOT / "data" / "prompts" / f"{name}.jsonl"
-        assert len(read_rows([path], "prefill", "", None)) == 60
+        assert len(read_attacks([path], "prefill", "", None)) == 60
         rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
     harmful, harmless = rows["harmful_dev"] + rows["harmful_test"], rows["harmless_dev"] + rows["harmless_test"]
     assert len({r["prompt"] for r in harmful + harmless}) == 240

@@ -13,21 +13,21 @@ import pytest
 import torch
 from conftest import ROOT, in_two_processes, run_script
 
-from eval import HARMFUL, REFUSAL, attacked, interval, log_probs, merge_results, parse_runs, read_results, repeats, rewards, summarize
+from eval import HARMFUL, REFUSAL, Measures, attacked, interval, merge_results, parse_runs, read_results, repeats, summarize
 from tokenizer import Prompt
-from trie_cache import TrieCache
 
 
 def test_log_probs_are_those_of_the_policy(tiny_policy):
     """Of two replies to two prompts, and then of others: the prompts stay in the tries, and nothing else."""
     prompts = [Prompt([1, 2, 3]), Prompt([9])]
-    contexts, tries = [p.policy_tokens(tiny_policy.template) for p in prompts], [TrieCache(tiny_policy) for _ in prompts]
+    contexts = [p.policy_tokens(tiny_policy.template) for p in prompts]
+    measures = Measures(tiny_policy, None, None, dict(enumerate(prompts)))
     p = lambda tokens, token: tiny_policy.logits(tiny_policy(torch.tensor([tokens]))[0, -1]).softmax(-1)[token].log().item()
     for replies in ([[4, 5], [6]], [[4], [7, 8]]):
         expected = [sum(p(context + reply[:i], token) for i, token in enumerate(reply)) / len(reply)
                     for context, reply in zip(contexts, replies)]
-        assert log_probs(tiny_policy, tries, prompts, replies) == pytest.approx(expected, abs=1e-5)
-        assert [trie.used - len(trie.free) for trie in tries] == list(map(len, contexts))
+        assert list(measures.log_probs(dict(enumerate(replies))).values()) == pytest.approx(expected, abs=1e-5)
+        assert [trie.used - len(trie.free) for trie in measures.tries.values()] == list(map(len, contexts))
 
 
 def test_a_guard_is_anything_with_score(smollm2, guard):
@@ -35,10 +35,11 @@ def test_a_guard_is_anything_with_score(smollm2, guard):
     class Other:
         def score(self, prompt, replies):
             return guard.score(prompt, replies)
-    prompts = [smollm2.tokenizer.prompt("How are you?", "Fine"), smollm2.tokenizer.prompt("Why?")]
-    replies = [smollm2.tokenizer.encode(" and you?"), smollm2.tokenizer.encode("Because.")]
-    ours = rewards(guard, [TrieCache(guard.llama) for _ in prompts], prompts, replies)
-    assert ours == pytest.approx(rewards(Other(), [None, None], prompts, replies), abs=1e-4) and ours[0] != ours[1]
+    prompts = {0: smollm2.tokenizer.prompt("How are you?", "Fine"), 1: smollm2.tokenizer.prompt("Why?")}
+    replies = {0: smollm2.tokenizer.encode(" and you?"), 1: smollm2.tokenizer.encode("Because.")}
+    measures = Measures(smollm2, guard, Other(), prompts)
+    ours, theirs = measures.rewards(guard, replies), measures.rewards(Other(), replies)
+    assert ours == pytest.approx(theirs, abs=1e-4) and ours[0] != ours[1]
 
 
 def test_repeats():
@@ -201,12 +202,11 @@ def test_an_attack_needs_its_field(tmp_path, attack, row):
 def test_plots(tmp_path):
     """ASR against compute, and (bench.py) seconds against width and length, are PNG files."""
     pytest.importorskip("matplotlib")
-    import bench
-    import eval
+    from results import draw
     line = {"safety": "saffron", "width": 4, "tflop": 0.1, "asr": 0.2, "judge_asr": 0.4, "guard_reward": 1.0, "judge_reward": 2.0}
-    eval.plot(tmp_path / "asr.png", [line, line | {"width": 16, "tflop": 0.4, "asr": 0.1}, line | {"safety": "none"}])
+    draw.attack_success(tmp_path / "asr.png", [line, line | {"width": 16, "tflop": 0.4, "asr": 0.1}, line | {"safety": "none"}])
     row = {"width": 4, "new": 32, "seconds": 1.0, "copies": 2.0}
-    bench.plot(tmp_path / "speed.png", [row, row | {"width": 16}, row | {"new": 64}])
+    draw.seconds_a_step(tmp_path / "speed.png", [row, row | {"width": 16}, row | {"new": 64}], 4, 32)
     for path in tmp_path.iterdir():
         assert path.suffix == ".png" and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(list(tmp_path.iterdir())) == 2

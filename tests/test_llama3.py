@@ -11,19 +11,18 @@ import zipfile
 
 import pytest
 import torch
-import train_mrm
 from conftest import GOLDEN, ROOT
 from hub import ask_hub, hub                    # noqa: F401: hub is a fixture
 from safetensors.torch import save_file
 
 from files import BadInput
 from tokenizer import Tokenizer
-from model import Llama, LlamaConfig, rotary_frequencies
+from model import Llama, LlamaConfig
 from mrm import llama_guard as guard_of
 from adapters import load_guard, load_mrm
 from search import beam, saffron
-from test_data import write_dialogues
-from train_mrm import read_rewards
+from test_data import script, write_dialogues
+from data.corpus import Example, read_rewards
 from trie_cache import TrieCache
 
 WHEEL, MEMBER = "llama-models==0.3.0", "llama_models/llama3/tokenizer.model"
@@ -229,8 +228,9 @@ def test_scoring_prefixes_reads_the_conversation_once(llama_guard, monkeypatch):
     prompt = llama_guard.llama.tokenizer.prompt("How do I tie a knot?")
     context, reply = prompt.reward_tokens(llama_guard.template), llama_guard.llama.tokenizer.encode("Take a rope, and then another")
     suffix, n, tries = len(llama_guard.template.suffix), len(reply), []
-    monkeypatch.setattr(train_mrm, "TrieCache", lambda llama: tries.append(TrieCache(llama)) or tries[-1])
-    rewards, = train_mrm.predictions(llama_guard, [train_mrm.Example("", context, reply, [0.0] * n)], "cpu", size=4)
+    prepare = script("safety_rewards")
+    monkeypatch.setattr(prepare, "TrieCache", lambda llama: tries.append(TrieCache(llama)) or tries[-1])
+    rewards, = prepare.rewards_after_each_token(llama_guard, [Example("", context, reply, [0.0] * n)], "cpu", size=4)
     expected = [plain_reward(llama_guard, context + reply[:i + 1]) for i in range(n)]
     assert n > 4 and rewards.tolist() == pytest.approx(expected, abs=1e-5)
     assert tries[0].computed == len(context) + n + n * suffix
@@ -312,7 +312,7 @@ def search_at_full_shape(folder, vocabulary):
     for name, p in llama.named_parameters():        # wide embeddings: a nucleus of a few tokens, as a trained model has
         p.data.normal_(std=0.1 if "embed" in name else 0.02) if p.dim() > 1 else p.data.fill_(1)
     llama.lm_head.weight = llama.model.embed_tokens.weight
-    llama.frequencies, llama.tokenizer = rotary_frequencies(config), Tokenizer(vocabulary)
+    llama.tokenizer = Tokenizer(vocabulary)
     llama.template = llama.tokenizer.template("chat")
     mrm = load_mrm(folder, llama)
     assert all(block.self_attn.q_proj.lora_B.abs().sum() > 0 for block in mrm.llama.model.layers)

@@ -18,8 +18,9 @@ import train_mrm
 from files import BadInput
 from tokenizer import Template
 from model import Llama
-from train_mrm import (Example, auc, batches, collate, guard_loss, mrm_loss, predictions, read_labels, read_rewards,
-                       weigh)
+from adapters import read_metadata
+from data.corpus import Example, read_labels, read_rewards
+from train_mrm import auc, batches, collate, guard_loss, mrm_loss, predictions, weigh
 
 SHARD = "corpus-00-of-01.safetensors"
 TEMPLATES = {"chat": {"prefix": "<s>", "infix": "\n"}, "reward": {"prefix": "<s>\n\nUser:", "infix": "\n\nAgent:"}}
@@ -69,7 +70,7 @@ def rewards(tmp_path_factory, base):
 
 def copy_shard(source, target, tensors=None, **changes):
     """A shard with other tensors or metadata."""
-    meta = train_mrm.read_metadata(source) | changes
+    meta = read_metadata(source) | changes
     save_file(tensors or load_file(source), target, metadata={k: json.dumps(v) for k, v in meta.items()})
 
 

@@ -29,10 +29,11 @@ from safetensors.torch import save                          # noqa: E402
 from tqdm import tqdm                                       # noqa: E402
 
 from adapters import guard_id, load_guard, load_llama, read_metadata    # noqa: E402
+from data.corpus import Example                             # noqa: E402
 from data.download import fetch, sha256                     # noqa: E402
 from model import DTYPES, read_tensors                      # noqa: E402
 from search import draw_tokens, next_logits, nucleus        # noqa: E402
-from train_mrm import Example, predictions                  # noqa: E402
+from train_mrm import predictions                           # noqa: E402
 from trie_cache import TrieCache, compute                   # noqa: E402
 
 HH_FILE = "hh_rlhf/harmless-base/{}.jsonl.gz"
