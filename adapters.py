@@ -1,8 +1,8 @@
 """
 Trained tensors on disk: adapters of this repository, a Llama Guard's folder, the paper's released MRM.
 
-An adapter (all that was trained, and what it belongs to) is one small safetensors file: LoRA in float16, the
-head or gain and bias, V_unseen, and metadata with the base model's fingerprint and the command that made it.
+An adapter is one small safetensors file: LoRA in float16, head or gain and bias, V_unseen, and metadata with
+the base model's fingerprint and the command that made it.
 """
 
 import hashlib
@@ -32,8 +32,7 @@ def default_models():
 
 
 def load_llama(folder, dtype=torch.float32, device="cpu"):
-    """Llama.load, which first fetches and converts the default weights, if they are wanted and not here
-    yet."""
+    """Llama.load. The default weights are fetched and converted first, if they are not here yet."""
     if Path(folder).resolve() == DEFAULT and not (DEFAULT / "model.safetensors").exists():
         print("The default weights are not here yet: running data/smollm2/prepare.py", file=sys.stderr)
         if subprocess.run([sys.executable, DEFAULT / "prepare.py"]).returncode:
@@ -42,8 +41,7 @@ def load_llama(folder, dtype=torch.float32, device="cpu"):
 
 
 def load_guard(path, llama):
-    """The guard at `path`: an adapter on `llama`, or the folder of a Llama Guard (maybe of `llama`
-    itself)."""
+    """The guard at `path`: an adapter on `llama`, or a Llama Guard's folder (maybe that of `llama`)."""
     if not Path(path).is_dir():
         return load_adapter(path, llama, "guard")
     other = Llama.load(path, llama.dtype, llama.device)
@@ -79,8 +77,7 @@ def save_adapter(reward_model, path, rank, alpha, targets, first_layer, command)
 
 
 def read_metadata(path):
-    """The metadata of an adapter or a corpus. Raises BadInput when the file is absent, damaged or not
-    ours."""
+    """The metadata of an adapter or a corpus. Raises BadInput for a file that is damaged or not ours."""
     with reading(path, "a readable adapter"), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     with reading(path, "an adapter of this repository"):
@@ -89,10 +86,8 @@ def read_metadata(path):
 
 def load_adapter(path, llama, kind):
     """The Guard (kind "guard") or MRM ("mrm") of an adapter file on `llama`, whose weights it shares; frozen.
-
-    Raises BadInput, with both values named, for an adapter of another kind, made for another base model,
-    another vocabulary, or whose rank is not the one it says.
-    """
+    Raises BadInput, with both values named, for an adapter of another kind, base model, vocabulary or
+    rank."""
     meta = read_metadata(path)
     with reading(path, "an adapter of this repository"):
         base = f"was made for the base model {meta['base']}, fingerprint"
@@ -108,8 +103,7 @@ def load_adapter(path, llama, kind):
 
 
 def fill(model, path, found, said):
-    """A reward model whose trained tensors get the values found. Raises BadInput when a name or shape
-    differs."""
+    """The reward model, its trained tensors set to what was found. Raises BadInput where these do not fit."""
     wanted = trained_tensors(model)
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found or name not in wanted:
@@ -144,8 +138,8 @@ def load_released_mrm(folder, llama, template):
              for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
     found |= {"gain": torch.ones(()), "bias": read_tensor(folder / "lm_head_bias.pt"),
               "unseen": read_tensor(folder / "unseen_mask.pt")}
-    said = f"rank {rank}, vocabulary {llama.config.vocab_size}"
-    return fill(MRM(add_lora(llama, rank, alpha, targets), template), folder, found, said).requires_grad_(False)
+    model = MRM(add_lora(llama, rank, alpha, targets), template).requires_grad_(False)
+    return fill(model, folder, found, f"rank {rank}, vocabulary {llama.config.vocab_size}")
 
 
 def read_tensor(path):

@@ -1,12 +1,10 @@
 """
-How searches run: each on tries of its own, many prompts side by side, both models in one forward pass, all
-counted.
+How searches run: on tries, many prompts side by side, both models in one forward pass, all of it counted.
 
-A search is written as a generator of its steps for one prompt: search.py has them and says how. `search_with`
-makes a function of it, `lockstep` runs it, a `Reader` stands between it and a model's trie, `Backbone` lets
-policy and reward model share a forward pass.
-
-Shapes: n sequences, T tokens, d = hidden_size, K = ranks of all LoRA together.
+A search is a generator of its steps for one prompt: search.py has them and says how. `search_with` makes a
+function of it, `lockstep` runs it, a `Reader` stands between it and a model's trie, `Backbone` lets policy
+and reward model share a forward pass. Shapes: n sequences, T tokens, d = hidden_size, K = ranks of all LoRA
+together.
 """
 
 import inspect
@@ -43,8 +41,7 @@ class Ask(NamedTuple):
 
 @dataclass
 class Stats:
-    """What a search cost. A call is one sequence asked for, also where many are computed in one forward
-    pass."""
+    """What a search cost. A call is one sequence asked for, however many share a forward pass."""
     policy_calls: int = 0
     reward_calls: int = 0
     tokens_computed: int = 0            # tokens that went through a model, policy and reward model together
@@ -77,17 +74,13 @@ class Result:
     rounds: list                        # a Round for each Ask
 
 
-# ------------------------------------------------------------------------------------------------------------
-# running searches
-
 def search_with(*kinds, temperature=1.0):
     """Decorator: make a search of a generator of its steps. kinds: which reward models it takes, of "guard",
     "mrm" and None. temperature: the search's default.
 
-    The function made of it takes a prompt, or a list of prompts, whose searches then go on in lockstep: what
-    all of them want read is read in one forward pass. Each prompt has tries of its own, so its reply and its
-    stats (but the seconds) are the same as if it were alone, as far as rounding allows: in bfloat16, a batch
-    of another size may decide a draw.
+    The function made of it takes a prompt, or a list of prompts, whose searches then go on in lockstep. Each
+    has tries of its own, so its reply and its stats (but the seconds) are the same as if it were alone, as
+    far as rounding allows: in bfloat16, a batch of another size may decide a draw.
     """
     def decorate(steps):
         named = inspect.signature(steps).parameters
@@ -95,10 +88,10 @@ def search_with(*kinds, temperature=1.0):
         @torch.no_grad()
         def search(policy, reward_model, prompts, *, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8,
                    temperature=temperature, beta=0.0, seed=0):
-            kind = kind_of(reward_model)
+            kind = "mrm" if isinstance(reward_model, MRM) else reward_model and "guard"
             if kind not in kinds:
-                raise BadInput(f"{steps.__name__} takes {' or '.join(map(str, kinds))} as its reward model, "
-                               f"not {kind}")
+                wanted = " or ".join(map(str, kinds))
+                raise BadInput(f"{steps.__name__} takes {wanted} as its reward model, not {kind}")
             options = dict(width=width, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens,
                            top_p=top_p, temperature=temperature, beta=beta, seed=seed)
             check_options(**options)
@@ -117,11 +110,6 @@ def search_with(*kinds, temperature=1.0):
     return decorate
 
 
-def kind_of(reward_model):
-    """ "mrm", "guard" (everything else, if it has a `score`) or None."""
-    return "mrm" if isinstance(reward_model, MRM) else "guard" if reward_model else None
-
-
 def lockstep(policy, searches):
     """The Results of searches: of each its generator, its readers and its trace. In a round, each search goes
     on to the next thing that it wants read; then all of that is read at once, for policy and reward model
@@ -129,10 +117,7 @@ def lockstep(policy, searches):
     started, results, rounds = time.perf_counter(), {}, [[] for _ in searches]
     tries_of = [[reader.trie for reader in readers if reader.trie] for _, readers, _ in searches]
     models = list(dict.fromkeys(trie.model for tries in tries_of for trie in tries))
-    if len(models) == 2 and same_base(*models):
-        shared = Backbone(models)
-    else:
-        shared = None
+    shared = Backbone(models) if len(models) == 2 and same_base(*models) else None
     answers = dict.fromkeys(range(len(searches)))     # what each search under way is sent next, at first None
     while answers:
         given_back = {}
@@ -147,20 +132,16 @@ def lockstep(policy, searches):
                 results[i] = Result(reply.tokens, text, reply.reward, reply.finished, stats, trace, rounds[i])
                 del answers[i]
             else:
-                asked = zip(readers, (ask.policy, ask.reward))
-                given_back[i], *_ = [reader.ask(branches, ask.keep) for reader, branches in asked]
+                given_back[i], *_ = [reader.ask(branches, ask.keep) for reader, branches in zip(readers, ask)]
         waiting = [trie for i in answers for trie in tries_of[i]]
-        if shared:
-            compute(shared, waiting)
-        else:
-            for model in models:
-                compute(model, [trie for trie in waiting if trie.model is model])
+        for model in [shared] if shared else models:
+            compute(model, [trie for trie in waiting if shared or trie.model is model])
         for i in answers:
             _, readers, trace = searches[i]
             hidden, rewards, *_ = [reader.answer() for reader in readers] + [None]
             answers[i] = hidden, rewards
-            computed, cached = (sum(getattr(trie, what) for trie in tries_of[i]) for what in ("computed", "cached"))
-            rounds[i].append(Round(len(trace), computed, cached, given_back[i]))
+            total = lambda what: sum(getattr(trie, what) for trie in tries_of[i])
+            rounds[i].append(Round(len(trace), total("computed"), total("cached"), given_back[i]))
     return [results[i] for i in range(len(searches))]
 
 
@@ -181,22 +162,18 @@ def total_stats(policy, readers, seconds):
         unshared_kv_bytes=total(lambda r: r.trie.bytes_of(r.unshared_slots)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# between a search and its models
-
 class Reader:
-    """One model's side of one prompt's search: its trie, the tokens that stand before the reply, and its
-    cost. head: what makes the answer of final hidden states; by default they are the answer."""
+    """One model's side of one prompt's search: its trie, the tokens before the reply, and its cost. head:
+    what makes the answer of final hidden states; by default they are the answer."""
 
     def __init__(self, llama, context, suffix=(), head=lambda hidden: hidden):
         self.trie, self.context, self.suffix, self.head = TrieCache(llama), context, list(suffix), head
-        self.nodes, self.asked = {}, []                 # the trie's node of each branch it has; those asked for
+        self.nodes, self.asked = {}, []             # the trie's node of each branch it has; those asked for
         self.calls = self.unshared_slots = 0
 
     def ask(self, branches, keep=()):
-        """Ask about context + reply + suffix of n branches. The next `compute` reads what is new of them.
-        What is on no path to them, nor to one of `keep`, is forgotten: returns the branches whose slots are
-        given back."""
+        """Ask about context + reply + suffix of n branches, for the next `compute` to read. What is on no
+        path to them, nor to one of `keep`, is forgotten. Returns the branches whose slots are given back."""
         self.asked = []
         if not branches:
             return []                                       # not its turn: everything is kept
@@ -232,11 +209,9 @@ class Reader:
 
     @property
     def flops(self):
-        """FLOPs so far without the head, where a multiply-add counts as two: 2 · linear weights (LoRA's
-        included) · tokens + 4 · layers · heads · head_dim · (query, key) pairs. The policy's head adds 2 · d
-        · V a call (`total_stats`). Of a guard's or an MRM's, no more is computed than one row for each reward
-        that is asked for: 2 · d, which is not counted.
-        """
+        """FLOPs so far without the head, where a multiply-add counts as two: 2 · linear weights (with LoRA) ·
+        tokens + 4 · layers · heads · head_dim · (query, key) pairs. `total_stats` adds the policy's head, 2 ·
+        d · V a call. A reward is one row of a head, 2 · d, which is not counted."""
         llama, config = self.trie.model, self.trie.model.config
         lora = sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)
         a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
@@ -244,13 +219,10 @@ class Reader:
 
 
 class Scorer:
-    """In a Reader's place, for a guard of which no more is known than `score`; what that computes is not
-    counted."""
-
-    trie = None
+    """In a Reader's place, for a guard that has no more than `score`; what that computes is not counted."""
 
     def __init__(self, guard, prompt):
-        self.guard, self.prompt, self.asked, self.calls = guard, prompt, [], 0
+        self.guard, self.prompt, self.trie, self.asked, self.calls = guard, prompt, None, [], 0
 
     def ask(self, branches, keep=()):
         self.asked = branches
@@ -265,24 +237,22 @@ def reward_reader(reward_model, prompt):
     """The reward model's side of a search: an MRM answers with hidden states, a guard with rewards."""
     if not isinstance(reward_model, (MRM, Guard)):
         return Scorer(reward_model, prompt)
-    llama, template = reward_model.llama, reward_model.template
-    head = {} if isinstance(reward_model, MRM) else {"head": reward_model.reward}
-    return Reader(llama, prompt.reward_tokens(template), template.suffix, **head)
+    head = (lambda hidden: hidden) if isinstance(reward_model, MRM) else reward_model.reward
+    template = reward_model.template
+    return Reader(reward_model.llama, prompt.reward_tokens(template), template.suffix, head)
 
 
 class Backbone:
-    """Llamas that differ in LoRA only, as one: a pass reads the base weights once for the tokens of all of
-    them.
-
-    It is a copy of the Llama in which each projection that some of them adapt is a SharedLinear. Of K, the
-    sum of all ranks, those with `owner == i` belong to llamas[i].
-    """
+    """Llamas that differ in LoRA only, as one: a pass reads the base weights once for the tokens of all. It
+    is a copy of them in which each projection that some of them adapt is a SharedLinear."""
 
     def __init__(self, llamas):
-        self.llamas, self.device, self.linears = llamas, llamas[0].device, []
-        ranks = [next((len(m.lora_A) for m in llama.modules() if isinstance(m, LoRALinear)), 0) for llama in llamas]
-        self.owner = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=self.device)  # (K,)
-        self.llama = shallow_copy(llamas[0])
+        self.llamas, self.llama, self.linears = llamas, shallow_copy(llamas[0]), []
+        self.device = self.llama.device
+        lora = [[m for m in llama.modules() if isinstance(m, LoRALinear)] for llama in llamas]
+        ranks = [len(ms[0].lora_A) if ms else 0 for ms in lora]
+        owner = [i for i, rank in enumerate(ranks) for _ in range(rank)]
+        self.owner = torch.tensor(owner, device=self.device)        # whose each of the K ranks is: (K,)
         for block, *blocks in zip(self.llama.model.layers, *(llama.model.layers for llama in llamas)):
             for name in PROJECTIONS:
                 linears = [getattr(part_of(b, name), name) for b in blocks]
@@ -300,15 +270,13 @@ class Backbone:
 
 
 class SharedLinear(nn.Module):
-    """y = x Wᵀ + (own ⊙ x Aᵀ) Bᵀ, where A and B hold the LoRA of all Llamas one after another, and zeros for
-    those that have none here. own: which of the ranks are of each token's Llama; Backbone sets it before each
-    pass."""
+    """y = x Wᵀ + (own ⊙ x Aᵀ) Bᵀ, where A and B hold the LoRA of all Llamas, zeros for those that have none
+    here. own: which of the ranks are each token's, (T, K). Backbone sets it before each pass."""
 
     def __init__(self, linears, ranks):
         super().__init__()
         self.linear = next(linear.linear for linear in linears if isinstance(linear, LoRALinear))
-        self.own, zeros, (d_out, d_in) = None, self.linear.weight.new_zeros, self.linear.weight.shape
-        A, B = [], []
+        zeros, (d_out, d_in), A, B = self.linear.weight.new_zeros, self.linear.weight.shape, [], []
         for linear, rank in zip(linears, ranks):
             adapted = isinstance(linear, LoRALinear)
             A.append(linear.lora_A if adapted else zeros(rank, d_in))
@@ -323,9 +291,6 @@ def same_base(a, b):
     """Whether two Llamas differ in LoRA only: one is an `add_lora` of the other, or both of a third."""
     return a.model.embed_tokens.weight is b.model.embed_tokens.weight
 
-
-# ------------------------------------------------------------------------------------------------------------
-# what is refused before a search begins
 
 def check_options(width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed):
     """Raises BadInput for a value outside its range."""
@@ -343,8 +308,7 @@ def check_options(width, max_new_tokens, min_new_tokens, top_p, temperature, bet
 
 
 def check_prompt(policy, reward_model, prompt, max_new_tokens):
-    """Raises BadInput for a prompt too long for a model, or two vocabularies. reward_model: None where the
-    search uses none."""
+    """Raises BadInput for a prompt too long for a model, or two vocabularies."""
     readers = [(policy, prompt.policy_tokens(policy.template))]
     if isinstance(reward_model, (MRM, Guard)):
         template = reward_model.template
@@ -358,8 +322,7 @@ def check_prompt(policy, reward_model, prompt, max_new_tokens):
 
 
 def check_vocabulary(policy, other):
-    """Raises BadInput unless both Llamas have the same vocabulary, which reward models need to read the
-    policy's tokens as they are."""
+    """Raises BadInput unless both Llamas have one vocabulary: a reward model reads the policy's tokens."""
     tokenizers = {llama.tokenizer.fingerprint for llama in (policy, other) if llama.tokenizer}
     if policy.config.vocab_size != other.config.vocab_size or len(tokenizers) > 1:
         raise BadInput(f"the policy {policy.config.name} and the reward model on {other.config.name} have "

@@ -102,8 +102,7 @@ class Measures:
         self.policy, self.guard, self.judge, self.prompts, self.tries = policy, guard, judge, prompts, {}
 
     def hidden(self, llama, contexts, replies):
-        """Final hidden states of the context's last token and of a reply's tokens: (1 + tokens, d) for
-        each."""
+        """Final hidden states of each context's last token and its reply's tokens: (1 + tokens, d)."""
         paths, tries = {}, {i: self.tries.setdefault((llama, i), TrieCache(llama)) for i in replies}
         for i, trie in tries.items():
             paths[i] = [trie.insert(trie.root, contexts[i])]
@@ -281,8 +280,7 @@ def parse_runs(safety, width):
 
 
 def same_run(path, args):
-    """Keep the arguments beside the results, files by their sha256. Raises BadInput when the results that are
-    there were made with other ones."""
+    """Keep the arguments beside the results, files by sha256. Raises BadInput if they were others before."""
     free = "data safety runs width device limit out batch plot tflop_limit".split()
     run = {key: str(value) for key, value in vars(args).items() if key not in free}
     for key in ("policy", "mrm_base", "guard", "mrm", "judge"):

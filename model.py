@@ -197,9 +197,8 @@ class Llama(nn.Module):
     def load(cls, folder, dtype=torch.float32, device="cpu"):
         """The Llama of a checkpoint in the Hugging Face layout (one file, or shards with an index), frozen.
 
-        Raises BadInput, with the file and the tensor named, for anything missing, extra or misshapen, and for
-        a device that this machine does not have.
-        """
+        Raises BadInput, which names file and tensor, for anything missing, extra or misshapen, and for a
+        device that this machine does not have."""
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, NotImplementedError):
@@ -262,8 +261,7 @@ def read_config(folder):
     except KeyError as key:
         raise BadInput(f"{path}: the field {key} is missing") from None
     if config.num_attention_heads % config.num_key_value_heads:
-        raise BadInput(f"{path}: num_attention_heads = {config.num_attention_heads} is no multiple of "
-                       f"num_key_value_heads = {config.num_key_value_heads}")
+        raise BadInput(f"{path}: num_attention_heads is no multiple of num_key_value_heads")
     return config
 
 

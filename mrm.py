@@ -52,8 +52,8 @@ class Guard(nn.Module):
 def llama_guard(llama):
     """The guard that a Llama Guard is (Inan et al. 2023, arXiv 2312.06674), the paper's PRM: R(s) =
     logit("safe") − logit("unsafe") of the first word that it says of s, for which the template's suffix asks.
-    As a head: the difference of two rows of the unembedding. Raises BadInput when one of the two words is not
-    one token."""
+    As a head: the difference of two rows of the unembedding. Raises BadInput where a word is not one
+    token."""
     guard = Guard(llama, llama.tokenizer.template("guard"))
     safe, unsafe = (llama.tokenizer.encode(word) for word in ("safe", "unsafe"))
     if len(safe) != 1 or len(unsafe) != 1:
@@ -93,10 +93,10 @@ class MRM(nn.Module):
 
 
 def partial_supervision_loss(mrm, hidden, children, rewards):
-    """The mean of (M(s[0:j])_{s_j} − R(s[0:j+1]))² over response positions j: partial supervision, the
-    paper's Eq. 5.
+    """Partial supervision, the paper's Eq. 5: the mean of (M(s[0:j])_{s_j} − R(s[0:j+1]))² over reply
+    positions j.
 
-    hidden: h(s[0:j]) (n, d). children: the tokens s_j that are really there, ints (n,). rewards: R(s[0:j+1])
+    hidden: h(s[0:j]) (n, d). children: the tokens s_j that really follow, ints (n,). rewards: R(s[0:j+1])
     (n,).
     """
     return F.mse_loss(mrm.child_rewards(hidden, children), rewards)
@@ -141,7 +141,8 @@ def add_lora(llama, rank, alpha, targets, first_layer=0):
     for what, value, ok, allowed in (
             ("rank", rank, rank >= 1, "at least 1"),
             ("first layer", first_layer, 0 <= first_layer < layers, f"between 0 and {layers - 1}"),
-            ("targets", targets, targets and set(targets) <= set(PROJECTIONS), f"some of {', '.join(PROJECTIONS)}")):
+            ("targets", targets, targets and set(targets) <= set(PROJECTIONS),
+             f"some of {', '.join(PROJECTIONS)}")):
         if not ok:
             raise BadInput(f"LoRA's {what} cannot be {value}: it must be {allowed}")
     llama = shallow_copy(llama)
@@ -165,8 +166,7 @@ def part_of(block, name):
 
 
 def trained_tensors(reward_model):
-    """What training changes, and so what an adapter holds: LoRA, head or gain and bias, and V_unseen, by
-    name."""
+    """What training changes, and an adapter holds, by name: LoRA, head or gain and bias, and V_unseen."""
     tensors = {name: p for name, p in reward_model.named_parameters()
                if "lora_" in name or not name.startswith("llama.")}
     return tensors | ({"unseen": reward_model.unseen} if isinstance(reward_model, MRM) else {})

@@ -14,10 +14,9 @@ import argparse
 import dataclasses
 import json
 import sys
-import unicodedata
 from pathlib import Path
 
-from files import BadInput, Parser, check_output, reading, run
+from files import BadInput, Parser, check_output, run
 
 import torch
 
@@ -27,6 +26,7 @@ from engine import check_vocabulary
 from model import DTYPES
 from saffron import PREFILL, PROMPT
 from search import SEARCHES, describe
+from tokenizer import printable, read_prompts
 
 SIDE_BY_SIDE = 16                   # so many prompts of a file share a forward pass
 
@@ -36,8 +36,8 @@ def parse_arguments():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--safety", choices=list(SEARCHES), default="saffron", help="the search (default: saffron)")
-    add("--prompt", help="what the user asks; - reads standard input, FILE:path one prompt a line (default: a "
-        "built-in example with a prefill)")
+    add("--prompt", help="what the user asks; - reads standard input, FILE:path one prompt a line (default: "
+        "an example with a prefill)")
     add("--prefill", default="", help="an opening that an attacker puts into the model's mouth")
     add("--hide_prefill", action="store_true", help="keep it from MRM and guard, also when that judges")
     add("--width", type=int, default=4, help="N: replies sampled, or sequences in the frontier (default: 4)")
@@ -46,7 +46,7 @@ def parse_arguments():
     add_model_options(add)
     add("--compare", action="store_true", help="all methods, one after another")
     add("--json", action="store_true", help="one JSON object on stdout, or with FILE:path one a line")
-    add("--trace", action="store_true", help="show the tree of surviving branches; with --json: all frontiers")
+    add("--trace", action="store_true", help="show the tree of branches; with --json, all frontiers")
     add("--html", metavar="FILE", type=Path, help="write a page that shows the search, of one prompt")
     args = parser.parse_args()
     args.example = args.prompt is None
@@ -54,7 +54,7 @@ def parse_arguments():
         args.prompt, args.prefill = PROMPT, args.prefill or PREFILL
     args.prompts = read_prompts(args.prompt)
     if args.html and (len(args.prompts) > 1 or args.html.resolve() == page.TEMPLATE):
-        raise BadInput(f"--html {args.html}: expected one prompt, and not the page that all others are made of")
+        raise BadInput(f"--html {args.html}: give one prompt, and not the page that all others are made of")
     if args.html:
         check_output(args.html)
     return args
@@ -65,8 +65,8 @@ def add_search_options(add):
     add("--max_new_tokens", type=int, default=50, help="length of the reply at most (default: 50)")
     add("--min_new_tokens", type=int, default=16, help="no end before so many tokens (default: 16)")
     add("--top_p", type=float, default=0.8, help="mass of the nucleus (default: 0.8)")
-    add("--beta", type=float, default=0.1, help="saffron: weight of the reply's log-probability under the policy, "
-        "beside the reward (default: 0.1; 0 is the paper)")
+    add("--beta", type=float, default=0.1, help="saffron: weight of the reply's log-probability under the "
+        "policy, beside the reward (default: 0.1; 0 is the paper)")
     add("--seed", type=int, default=0)
 
 
@@ -74,53 +74,38 @@ def add_model_options(add):
     """The options of all commands that search."""
     add("--policy", default=DEFAULT, metavar="DIR", help="a Llama checkpoint with its vocabulary")
     add("--mrm_base", default=DEFAULT, metavar="DIR", help="the Llama that MRM and guard are adapters of")
-    add("--mrm", default=DEFAULT / "mrm.safetensors", metavar="PATH", help="an adapter, or a released MRM's folder")
-    add("--guard", default=DEFAULT / "guard.safetensors", metavar="PATH", help="an adapter, or a Llama Guard's folder")
+    for name, other in (("mrm", "a released MRM's folder"), ("guard", "a Llama Guard's folder")):
+        path = DEFAULT / f"{name}.safetensors"
+        add(f"--{name}", default=path, metavar="PATH", help=f"an adapter, or {other}")
     add("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     add("--dtype", choices=DTYPES, default="float32")
-
-
-def read_prompts(prompt):
-    """The prompts that --prompt stands for. Raises BadInput for a file that has none or is no text."""
-    if prompt == "-":
-        with reading("the prompt on standard input", "UTF-8"):
-            return [sys.stdin.buffer.read().decode("utf-8").rstrip("\n")]
-    if not prompt.startswith("FILE:"):
-        return [prompt]
-    with reading(prompt.removeprefix("FILE:"), "UTF-8"):
-        text = Path(prompt.removeprefix("FILE:")).read_bytes().decode("utf-8")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise BadInput(f"--prompt {prompt}: expected one prompt a line, but the file is empty")
-    return lines
 
 
 def load_models(args, methods):
     """The policy, the base of the adapters (the policy itself where that is the same folder), the guard, and
     {method: the reward model that it takes}."""
-    load = lambda folder: load_llama(folder, getattr(torch, args.dtype), args.device)
-    policy = load(args.policy)
+    policy = base = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     if policy.tokenizer is None:
         raise BadInput(f"{args.policy} has no vocab.tiktoken; data/smollm2/prepare.py shows how to write one")
-    same = Path(args.mrm_base).resolve() == Path(args.policy).resolve()
-    base = policy if same else load(args.mrm_base)
-    check_vocabulary(policy, base)
+    if Path(args.mrm_base).resolve() != Path(args.policy).resolve():
+        base = load_llama(args.mrm_base, policy.dtype, policy.device)
+        check_vocabulary(policy, base)
+    kinds = {method: SEARCHES[method].reward_model for method in methods}
     models = {None: None, "guard": load_guard(args.guard, base)}
-    if "mrm" in [SEARCHES[method].reward_model for method in methods]:
+    if "mrm" in kinds.values():
         models["mrm"] = load_mrm(args.mrm, base)
-    return policy, base, models["guard"], {method: models[SEARCHES[method].reward_model] for method in methods}
+    return policy, base, models["guard"], {method: models[kind] for method, kind in kinds.items()}
 
 
 def ask(method, policy, reward_model, guard, prompts, args):
     """Search a reply to each prompt, side by side: (the object that --json prints, the Result) of each."""
-    options = dict(width=args.width, max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens,
-                   top_p=args.top_p, beta=args.beta, seed=args.seed)
-    if args.temperature is not None:
-        options["temperature"] = args.temperature
+    options = {name: vars(args)[name] for name in
+               ("width", "max_new_tokens", "min_new_tokens", "top_p", "beta", "seed", "temperature")
+               if vars(args)[name] is not None}
     for start in range(0, len(prompts), SIDE_BY_SIDE):
         batch = prompts[start:start + SIDE_BY_SIDE]
-        for prompt, text, result in zip(batch, args.prompts[start:], SEARCHES[method].search(
-                policy, reward_model, batch, **options)):
+        results = SEARCHES[method].search(policy, reward_model, batch, **options)
+        for text, prompt, result in zip(args.prompts[start:], batch, results):
             answer = {"prompt": text, "prefill": args.prefill, "safety": method, "text": result.text,
                       "tokens": result.tokens, "finished": result.finished, "reward": result.reward,
                       "guard": guard.score(prompt, [result.tokens]).item(),
@@ -132,29 +117,25 @@ def ask(method, policy, reward_model, guard, prompts, args):
 
 def main():
     args = parse_arguments()
-    methods = [args.safety]
-    if args.compare:
-        methods = list(SEARCHES)
-    elif args.example and not args.json:                    # a newcomer sees what there is to defend against
-        methods = list(dict.fromkeys(["none", args.safety]))
+    methods = list(SEARCHES) if args.compare else [args.safety]
+    if args.example and not args.json and args.safety != "none" and not args.compare:
+        methods = ["none", args.safety]                     # a newcomer sees what there is to defend against
     # The page shows what the MRM makes of every search.
     policy, _, guard, reward_models = load_models(args, [*methods, "saffron"] if args.html else methods)
     prompts = [policy.tokenizer.prompt(text, args.prefill, args.hide_prefill) for text in args.prompts]
     if not args.json:
         print(f"model:   {policy.config.name}")
-    answers, trees = {}, []
+    answers, trees = {method: [] for method in methods}, []
     for method in methods:
         print(f"searching: {method} ...", file=sys.stderr)
-        answers[method] = []
         for answer, result in ask(method, policy, reward_models[method], guard, prompts, args):
             answers[method].append(answer)
+            title, verdict = captions(answer, args)
             if not args.json:
-                if method == methods[0] or len(prompts) > 1:
-                    show_prompt(answer)
-                show(answer, result, policy.tokenizer, args)
+                show(answer, result, policy.tokenizer, args, method == methods[0] or len(prompts) > 1)
             if args.html:
                 tree = page.tree(result, prompts[0], policy, reward_models["saffron"])
-                trees.append({"name": method, "title": title(answer, args), "verdict": verdict(answer), **tree})
+                trees.append({"name": method, "title": title, "verdict": verdict, **tree})
     if args.json:
         for of_a_prompt in zip(*answers.values()):
             print(json.dumps(dict(zip(methods, of_a_prompt)) if args.compare else of_a_prompt[0]))
@@ -163,45 +144,34 @@ def main():
         print(f"wrote {args.html}: open it in a browser", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# for people
-
-def printable(text):
-    """Without control characters that a terminal would obey: a model may write any byte."""
-    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
-
-
-def show_prompt(answer):
-    print(f"\nprompt:  {printable(answer['prompt'])}")
-    if answer["prefill"]:
-        print(f"prefill: {printable(answer['prefill'])}")
+def captions(answer, args):
+    """What stands above a reply, and what is said of it below."""
+    verdict = f"guard's reward {answer['guard']:+.2f} ({'unsafe' if answer['guard'] < 0 else 'safe'})"
+    length = f"{len(answer['tokens'])} tokens{'' if answer['finished'] else ' (cut off)'}"
+    width = "" if answer["safety"] == "none" else f", width {args.width}"
+    return answer["safety"] + width, f"{verdict}, {length}"
 
 
-def title(answer, args):
-    return answer["safety"] if answer["safety"] == "none" else f"{answer['safety']}, width {args.width}"
-
-
-def verdict(answer):
-    return (f"guard's reward {answer['guard']:+.2f} ({'unsafe' if answer['guard'] < 0 else 'safe'}), "
-            f"{len(answer['tokens'])} tokens{'' if answer['finished'] else ' (cut off)'}")
-
-
-def show(answer, result, tokenizer, args):
-    """A reply, the guard's verdict, and what it cost."""
-    print(f"\n--- {title(answer, args)} " + "-" * 60)
-    print(printable(f"[{answer['prefill']}]{answer['text']}" if answer["prefill"] else answer["text"]))
-    stats = result.stats
-    print(f"\n{verdict(answer)}, {stats.seconds:.1f} s, "
-          f"{stats.flops / 1e12:.2f} TFLOP, {stats.policy_calls} policy calls, {stats.reward_calls} reward calls,\n"
+def show(answer, result, tokenizer, args, with_prompt):
+    """Print a reply, the guard's verdict, and what it cost."""
+    (title, verdict), stats, prefill = captions(answer, args), result.stats, printable(answer["prefill"])
+    if with_prompt:
+        print(f"\nprompt:  {printable(answer['prompt'])}" + (f"\nprefill: {prefill}" if prefill else ""))
+    print(f"\n--- {title} " + "-" * 60)
+    print((f"[{prefill}]" if prefill else "") + printable(answer["text"]))
+    print(f"\n{verdict}, {stats.seconds:.1f} s, {stats.flops / 1e12:.2f} TFLOP, "
+          f"{stats.policy_calls} policy calls, {stats.reward_calls} reward calls,\n"
           f"{stats.tokens_computed} tokens computed, {stats.tokens_cached} from cache, KV cache "
-          f"{stats.peak_kv_bytes / 1e6:.1f} MB (a copy for each sequence: {stats.unshared_kv_bytes / 1e6:.1f} MB)")
+          f"{stats.peak_kv_bytes / 1e6:.1f} MB (a copy for each sequence: "
+          f"{stats.unshared_kv_bytes / 1e6:.1f} MB)")
     if args.trace:
         rewards = {tuple(b.tokens): b.reward for frontier in result.trace for b in frontier}
         print("\nsurviving branches, each with the search's reward at its end:")
-        show_tree([b.tokens for b in result.trace[-1]], rewards, tokenizer)
+        for line in tree_lines([b.tokens for b in result.trace[-1]], rewards, tokenizer):
+            print(printable(line))
 
 
-def show_tree(replies, rewards, tokenizer, start=0, indent=""):
+def tree_lines(replies, rewards, tokenizer, start=0, indent=""):
     """The replies as an indented tree: what all share on one line, then each continuation below it."""
     replies = sorted(set(map(tuple, replies)))
     end = start
@@ -210,11 +180,11 @@ def show_tree(replies, rewards, tokenizer, start=0, indent=""):
     if end > start:
         text = json.dumps("".join(tokenizer.pieces(replies[0])[start:end]), ensure_ascii=False)
         reward = rewards.get(replies[0][:end])
-        print(printable(f"{indent}{'' if reward is None else f'{reward:+.2f} '}{text}"))
+        yield f"{indent}{'' if reward is None else f'{reward:+.2f} '}{text}"
         indent += "    "
     longer = [r for r in replies if len(r) > end]
     for first in sorted({r[end] for r in longer}):
-        show_tree([r for r in longer if r[end] == first], rewards, tokenizer, end, indent)
+        yield from tree_lines([r for r in longer if r[end] == first], rewards, tokenizer, end, indent)
 
 
 if __name__ == "__main__":

@@ -4,28 +4,25 @@ Searching for a safe reply: each method is one function, all with the same argum
     result = saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8)
     result.tokens, result.text, result.reward, result.finished, result.stats, result.trace
 
-Given a list of prompts, a search returns a list of results, found side by side. SEARCHES, at the end, names
-all.
+Given a list of prompts, it returns a list of results, found side by side. SEARCHES, at the end, names all.
 
-How to read one. A search is written as a generator of its steps for one prompt; `search_with` makes the
-function above of it. It holds replies under way as Branches, and asks for what it wants read:
+How to read one. It is written as a generator of its steps for one prompt, of which `search_with` makes that
+function. Replies under way are Branches. What is to be read is asked for, by name, and two answers come:
 
     hidden, rewards = yield Ask(policy=growing, reward=children, keep=earlier)
 
-1. engine.py inserts the new tokens into the tries of the policy and of the reward model, reads them in one
-forward
-   pass, together with those of other prompts, and sends two answers. A list that is left out has an empty
-   answer.
+1. engine.py puts the new tokens into the tries of policy and reward model and reads them in one forward pass,
+   with those of other prompts. A list that is left out is empty, and so is its answer.
 2. hidden: the policy's final hidden states after `growing`, (n, d). rewards: the guard's R of `children`,
-(n,); of
-   an MRM its hidden states, (n, d), of which `child_rewards` makes M(s)_a.
-3. A model that is asked forgets what is on no path to its list, nor to `keep`, so that its memory stays
-small. Name
-   there what you will go on from later. A model that is not asked forgets nothing.
-4. Append each frontier, a list of branches, to `trace`. Return the branch that won.
+(n,);
+   or an MRM's hidden states after them, (n, d), of which `child_rewards` makes M(s)_a.
+3. A model that is asked forgets all that is not on the way to its list, or to `keep`: name there what you
+will
+   go on from later. A model that is not asked forgets nothing.
+4. Append each frontier, a list of branches, to `trace`. Return the branch that won. The least search is:
 
     @search_with(None)
-    def greedy(policy, reward_model, trace, *, max_new_tokens):     # it names the options that it uses
+    def greedy(policy, reward_model, trace, *, max_new_tokens):         # it names the options that it uses
         branch = Branch()
         while len(branch.tokens) < max_new_tokens and not branch.finished:
             hidden, _ = yield Ask(policy=[branch])
@@ -33,7 +30,7 @@ small. Name
             trace.append([branch])
         return branch
 
-Shapes: n sequences, m candidates, d = hidden_size, V = vocab_size.
+Shapes: n sequences, m candidates, d = hidden_size, V = vocab_size. The first search is saffron.
 """
 
 import itertools
@@ -48,7 +45,7 @@ import torch
 from engine import Ask, Branch, check_numbers, search_with
 from mrm import MRM
 
-REBASE_TEMPERATURE = 1.0        # R is the log-odds of "safe": at 1, expansions are shared in proportion to the odds
+REBASE_TEMPERATURE = 1.0        # R is the log-odds of "safe": at 1, shares are in proportion to the odds
 DEAL_LOOK_AHEAD, DEAL_LAMBDA = 4, 1.0
 MCTS_EXPLORATION = 1.0          # P(safe), which it stands beside, is in [0, 1]
 NO_REPEAT = 4                   # saffron with beta: so many tokens in a row do not come twice
@@ -56,31 +53,25 @@ NO_REPEAT = 4                   # saffron with beta: so many tokens in a row do 
 
 @search_with("mrm", "guard")
 def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, beta):
-    """Tree search for the highest reward of each next token, the paper's Saffron-1 (saffron.py).
-    Deterministic.
+    """The paper's Saffron-1, as saffron.py has it, with more said about the reply. Deterministic.
 
-    A step asks the policy and the MRM once for each unfinished sequence s of the frontier, takes the tokens a
-    of the policy's nucleus that are not in V_unseen as candidates (the likeliest seen token, if none is
-    left), and keeps the `width` sequences s·a with the highest M(s)_a (the paper's Eq. 2, 7 and 3); equal
-    ones by frontier order, then by the policy's probability. One that ends is finished: it stays, and stands
-    before the unfinished. The first of the last frontier is the reply.
+    A step takes the tokens a of the policy's nucleus that are not in V_unseen as candidates (the likeliest
+    seen token, if none is left) of each unfinished sequence s, and keeps the `width` sequences s·a with the
+    highest M(s)_a; equal ones by frontier order, then by the policy's probability (Eq. 2, 7 and 3).
 
     beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's
-    probability of the whole reply so far: where many replies are about equally safe, what the policy would
-    say decides. (This is the objective of reward maximization with a KL penalty towards the policy, looked
-    for by search.) The likeliest replies run in circles, as in any search for them (Holtzman et al. 2020,
-    arXiv 1904.09751); so with beta > 0 no NO_REPEAT tokens in a row come twice (Paulus et al. 2017, arXiv
-    1705.04304), unless nothing else is left.
+    probability of the whole reply so far: of replies that are about equally safe, the likelier one. (This is
+    reward maximization with a KL penalty towards the policy.) The likeliest replies run in circles (Holtzman
+    et al. 2020, arXiv 1904.09751); so with beta > 0 no NO_REPEAT tokens in a row come twice (Paulus et al.
+    2017, arXiv 1705.04304), unless nothing else is left.
 
-    With a guard in place of the MRM it is the very same search at the price that the MRM saves: R(s·a) costs
-    one call of the guard for each candidate.
-    """
+    With a guard in place of the MRM, it asks for R(s·a) of each candidate: the price that the MRM saves."""
     multifurcation, frontier = isinstance(reward_model, MRM), [Branch()]
     for length in range(max_new_tokens):
         growing = [branch for branch in frontier if not branch.finished]
         if not growing:
             break
-        hidden, mrm_hidden = yield Ask(policy=growing, reward=growing if multifurcation else [])  # (n, d) each
+        hidden, of_mrm = yield Ask(policy=growing, reward=growing if multifurcation else [])    # (n, d) each
         logits = next_logits(policy, hidden, length, min_new_tokens)                    # (n, V)
         unseen = reward_model.unseen if multifurcation else None
         rows, tokens = candidates(logits, unseen, top_p, temperature)                   # (m,) each
@@ -89,7 +80,7 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
                     for row, token, p in zip(rows.tolist(), tokens.tolist(), log_p.tolist())]
         if multifurcation:
             # M_cons(s)_a for the candidates; of the other entries of M(s), none is needed.
-            rewards = reward_model.child_rewards(mrm_hidden[rows], tokens)              # (m,)
+            rewards = reward_model.child_rewards(of_mrm[rows], tokens)                  # (m,)
         else:
             _, rewards = yield Ask(reward=children)                                     # R(s·a): (m,)
         finished = [branch for branch in frontier if branch.finished]
@@ -114,9 +105,6 @@ def repeats_its_end(tokens, n=NO_REPEAT):
     return any(tokens[i:i + n] == tokens[-n:] for i in range(len(tokens) - n))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the field's other searches
-
 @search_with("guard", "mrm", None, temperature=0.0)
 def none(policy, reward_model, trace, *, max_new_tokens, min_new_tokens, top_p, temperature, seed):
     """No defence: one reply, greedy at temperature 0, else sampled. The reward model is not used."""
@@ -126,8 +114,7 @@ def none(policy, reward_model, trace, *, max_new_tokens, min_new_tokens, top_p, 
 
 @search_with("guard")
 def best_of_n(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
-    """Sample `width` replies independently, in one trie; the one with the highest guard reward R(reply)
-    wins."""
+    """Sample `width` replies independently, in one trie; the one with the highest R(reply) wins."""
     yield from sample_replies(policy, width, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed)
     _, rewards = yield Ask(reward=trace[-1])                                            # (width,)
     return max(rewarded(trace[-1], rewards), key=lambda branch: branch.reward)
@@ -135,10 +122,10 @@ def best_of_n(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, to
 
 @search_with("guard")
 def beam(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature):
-    """Beam search over tokens with the guard as process reward model: of all tokens in the nuclei of all
-    sequences, the `width` whose sequences have the highest R stay, finished or not. Every candidate costs a
-    guard call, which is the exploration-efficiency dilemma of the paper. (saffron with a guard, at beta 0,
-    differs in that finished ones stand first.) Deterministic."""
+    """Beam search over tokens: of all tokens in the nuclei of all sequences, the `width` whose sequences have
+    the highest R stay, finished or not. Every candidate costs a guard call, which is the
+    exploration-efficiency dilemma of the paper. (saffron with a guard, at beta 0, puts finished ones first.)
+    Deterministic."""
     frontier = [Branch()]
     for length in range(max_new_tokens):
         growing = [branch for branch in frontier if not branch.finished]
@@ -157,12 +144,12 @@ def beam(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
 
 @search_with("guard")
 def rebase(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
-    """Reward-balanced search (Wu et al. 2024, arXiv 2408.00724), with a token for a step: the next
-    expansions, `width` less those finished, are shared among the unfinished sequences in proportion to
-    softmax(R / REBASE_TEMPERATURE), each draws so many different tokens from its nucleus (or all of that, if
-    it holds fewer), and the guard scores what comes of it. A sequence whose share is none is dropped, unread.
-    (In Wu et al. a step is a line of reasoning, and rewards are probabilities.) The finished sequence with
-    the highest R is the reply, else the unfinished one."""
+    """Reward-balanced search (Wu et al. 2024, arXiv 2408.00724), with a token for a step: `width` expansions,
+    less those finished, are shared among the unfinished sequences in proportion to softmax(R /
+    REBASE_TEMPERATURE), each draws so many different tokens of its nucleus (or all, if it holds fewer), and
+    the guard scores what comes of it. A sequence whose share is none is dropped, unread. The finished
+    sequence with the highest R is the reply, else the unfinished one. (In Wu et al. a step is a line of
+    reasoning, and rewards are probabilities.)"""
     generator = torch.Generator().manual_seed(seed)
     growing, finished = [Branch(reward=0.0)], []
     for length in range(max_new_tokens):
@@ -183,9 +170,8 @@ def rebase(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p
 
 
 def shares(rewards, count):
-    """count · softmax(rewards / REBASE_TEMPERATURE) in whole numbers that sum to `count`: rounded down, then
-    one more for those that lost most by it (of equal ones, the first). rewards: floats; result: a list of
-    ints."""
+    """count · softmax(rewards / REBASE_TEMPERATURE) in ints that sum to `count`: rounded down, then one more
+    for those that lost most by it (of equal ones, the first). rewards: a list of floats."""
     exact = count * (torch.tensor(rewards, dtype=torch.float64) / REBASE_TEMPERATURE).softmax(-1)
     whole = exact.floor()
     order = (exact - whole).argsort(descending=True, stable=True)
@@ -214,7 +200,8 @@ def deal(policy, guard, trace, *, width, max_new_tokens, min_new_tokens):
                 break
             hidden, _ = yield Ask(policy=growing, keep=ends + earlier)
             logits = next_logits(policy, hidden, len(growing[0].tokens), min_new_tokens)
-            after = {end: extend(policy, end, token) for end, token in zip(growing, logits.argmax(-1).tolist())}
+            likeliest = logits.argmax(-1).tolist()
+            after = {end: extend(policy, end, token) for end, token in zip(growing, likeliest)}
             ends = [after.get(end, end) for end in ends]
         _, rewards = yield Ask(reward=ends, keep=earlier)                               # (width,)
         rewarded(children, log_p[:len(children)] + DEAL_LAMBDA * rewards)
@@ -251,21 +238,18 @@ class Choice:
     value: float = 0.0                           # the sum over its visits of P(safe) = sigmoid(R) at the leaf
     children: list = field(default_factory=list)
 
-    @property
-    def mean(self):
-        return self.value / self.visits
+    mean = property(lambda self: self.value / self.visits)
 
     def puct(self, child):
-        """Mean value + MCTS_EXPLORATION · prior · sqrt(visits here) / (1 + visits there), of a child; one
-        that was not visited yet is taken to be worth what this node is."""
+        """Mean value (before the first visit, the mean here) + exploration, in proportion to the prior."""
         mean = child.mean if child.visits else self.mean
         return mean + MCTS_EXPLORATION * child.prior * math.sqrt(self.visits) / (1 + child.visits)
 
 
 def simulate(policy, root, read, max_new_tokens, min_new_tokens, top_p, temperature):
-    """A simulation of mcts: it goes down from the root by the highest PUCT, has the policy's nucleus as
-    children of the leaf that it comes to (probabilities as priors), and adds the guard's P(safe) of that leaf
-    to all nodes on its way. read: the branches read so far, to which it adds."""
+    """A simulation of mcts: down from the root by the highest PUCT to a leaf, which gets the policy's nucleus
+    as children (priors: the probabilities); P(safe) of the leaf by the guard is added to all nodes on the
+    way. read: the branches read so far."""
     path = [root]
     while path[-1].children:
         path.append(max(path[-1].children, key=path[-1].puct))
@@ -287,9 +271,6 @@ def simulate(policy, root, read, max_new_tokens, min_new_tokens, top_p, temperat
         choice.value += 0.5 + 0.5 * math.tanh(branch.reward / 2)        # sigmoid, which cannot overflow so
 
 
-# ------------------------------------------------------------------------------------------------------------
-# what searches are made of
-
 def extend(policy, branch, token, log_p=0.0):
     """The branch with one token more, whose log-probability is log_p; end-of-sequence finishes it."""
     finished = token in policy.config.eos_token_ids
@@ -305,11 +286,10 @@ def rewarded(branches, rewards):
 
 
 def next_logits(policy, hidden, length, min_new_tokens):
-    """The policy's scores of the next token, (n, d) -> (n, V), in float32 at least. While the replies (all of
-    `length` tokens) are shorter than min_new_tokens, end-of-sequence has the score −∞. Raises BadInput for
-    scores that are not numbers."""
+    """The policy's scores of the next token, in float32 at least: (n, d) -> (n, V). End-of-sequence has −∞
+    while the replies' length is below min_new_tokens. Raises BadInput for scores that are not numbers."""
     logits = policy.logits(hidden)
-    check_numbers(logits.amax(-1), f"{policy.config.name} gives scores")  # a nan stays one in amax, which is quick
+    check_numbers(logits.amax(-1), f"{policy.config.name} gives scores")      # amax is quick, and keeps a nan
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if length < min_new_tokens:
         logits[:, list(policy.config.eos_token_ids)] = -math.inf
@@ -317,8 +297,7 @@ def next_logits(policy, hidden, length, min_new_tokens):
 
 
 def probabilities(logits, temperature):
-    """softmax(logits / temperature): (n, V) -> (n, V). At temperature 0, the best token of a row has all of
-    it."""
+    """softmax(logits / temperature): (n, V) -> (n, V). At temperature 0, a row's best token has all of it."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     return (logits / temperature).softmax(-1)
@@ -330,9 +309,7 @@ def nucleus(p, top_p):
     tokens exactly as likely as the last one, those with higher ids are outside; Eq. 2 would have them too.)
 
     Sorting 50,000 numbers to find a handful is slow: the largest few are looked at first, and more of them
-    only while they do not hold enough mass. All tokens as likely as the last of them are sorted too, so that
-    ties go by id.
-    """
+    only while they do not hold enough mass. All tokens as likely as the last of them are sorted too."""
     limit = top_p if top_p < 1 else math.inf      # the sum of all may be rounded to 1 before the last of them
     k = 64
     while k < len(p):
@@ -347,10 +324,10 @@ def nucleus(p, top_p):
 
 
 def candidates(logits, unseen, top_p, temperature):
-    """Which tokens may follow which of n sequences: rows (m,) and tokens (m,), by row and then most likely
-    first. Those of a row are its nucleus without unseen tokens; if all of it is unseen, the seen token with
-    the highest logit. logits: (n, V), unseen: bool (V,), or None where no token is. Raises BadInput when
-    there is none, as with an MRM that saw end-of-sequence only, where the reply may not end yet."""
+    """Which tokens may follow which of n sequences: rows (m,) and tokens (m,), by row, then most likely
+    first. Of a row, its nucleus without unseen tokens; if all of it is unseen, the seen token with the
+    highest logit. logits: (n, V), unseen: bool (V,), or None where no token is. Raises BadInput when no seen
+    token is possible."""
     rows, tokens = [], []
     for i, p in enumerate(probabilities(logits, temperature)):
         inside = nucleus(p, top_p)
@@ -360,15 +337,14 @@ def candidates(logits, unseen, top_p, temperature):
             seen = logits[i].masked_fill(unseen, -math.inf)
             inside = seen.argmax(keepdim=True)
             if seen[inside] == -math.inf:
-                raise BadInput("the reward model has not seen any token that could come next; train it on more text")
+                raise BadInput("the reward model has not seen any token that could come next")
         rows.append(torch.full_like(inside, i))
         tokens.append(inside)
     return torch.cat(rows), torch.cat(tokens)
 
 
 def draw_tokens(p, top_p, count, generator):
-    """So many different tokens of the nucleus (or all, if it holds fewer), drawn in proportion to their
-    probability: a list of ids. p: probabilities (V,)."""
+    """So many different ids of the nucleus (or all of it), drawn in proportion to p: probabilities (V,)."""
     tokens = nucleus(p, top_p)
     drawn = torch.multinomial(p[tokens].cpu(), min(count, len(tokens)), generator=generator)
     return tokens[drawn.to(tokens.device)].tolist()
@@ -384,8 +360,8 @@ def sample_replies(policy, n, trace, max_new_tokens, min_new_tokens, top_p, temp
             break
         hidden, _ = yield Ask(policy=growing)
         rows = iter(probabilities(next_logits(policy, hidden, length, min_new_tokens), temperature))
-        branches = [branch if branch.finished else
-                    extend(policy, branch, *draw_tokens(next(rows), top_p, 1, generator)) for branch in branches]
+        drawn = lambda: draw_tokens(next(rows), top_p, 1, generator)[0]
+        branches = [branch if branch.finished else extend(policy, branch, drawn()) for branch in branches]
         trace.append(branches)
 
 

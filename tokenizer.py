@@ -8,6 +8,8 @@ Byte-pair encoding: Sennrich et al. 2016, arXiv 1508.07909. tiktoken does it; no
 import base64
 import codecs
 import hashlib
+import sys
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,8 +32,7 @@ class Template:
 
 @dataclass
 class Prompt:
-    """What a search is asked: the user's tokens, and the prefill, the opening that the reply is forced to
-    have.
+    """What a search is asked: the user's tokens, and the prefill, which the reply is forced to begin with.
 
     The policy always reads the prefill. The guard and the MRM read it as the beginning of the reply, unless
     hide_prefill is set. It is never part of a result's tokens.
@@ -79,8 +80,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids of plain text: what looks like a control token is ordinary text here. Bytes that have no
-        token are left out. Raises BadInput for text that is not Unicode (an argument with undecodable
-        bytes)."""
+        token are left out. Raises BadInput for text with unpaired surrogates, which is not Unicode."""
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise BadInput("the text is not valid Unicode: it has unpaired surrogates")
         return [token for token in self.encoding.encode_ordinary(text) if token < self.size]
@@ -111,10 +111,30 @@ class Tokenizer:
         return b"" if silent else self.encoding.decode_single_token_bytes(token)
 
     def pieces(self, tokens):
-        """The text that each token adds, such that the pieces joined are the whole text. A character whose
-        bytes are spread over several tokens comes with the last of them: a stream never shows half a
-        character."""
+        """The text that each token adds; joined, the pieces are the whole text. A character whose bytes are
+        spread over several tokens comes with the last of them: a stream never shows half of one."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         pieces = [decoder.decode(self.token_bytes(token)) for token in tokens]
         tail = decoder.decode(b"", final=True)
         return pieces[:-1] + [pieces[-1] + tail] if pieces else pieces
+
+
+def read_prompts(prompt):
+    """The prompts that an argument stands for: itself, with - all of standard input, with FILE:path one a
+    line. Raises BadInput for a file that has none or is no text."""
+    path = prompt.removeprefix("FILE:")
+    if prompt not in ("-", f"FILE:{path}"):
+        return [prompt]
+    with reading(f"--prompt {prompt}", "UTF-8"):
+        text = (sys.stdin.buffer.read() if prompt == "-" else Path(path).read_bytes()).decode("utf-8")
+    if prompt == "-":
+        return [text.rstrip("\n")]
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise BadInput(f"--prompt {prompt}: expected one prompt a line, but the file is empty")
+    return lines
+
+
+def printable(text):
+    """Without control characters that a terminal would obey: a model may write any byte."""
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)

@@ -88,16 +88,14 @@ def collate(examples, device):
 
 def guard_loss(guard, tokens, rows, columns, targets):
     """Binary cross-entropy at every reply token; R is the log-odds of "safe". Labels are smoothed to 0.02 and
-    0.98, so that R stays within about ±4: beyond that, a reply is not safer, and labels are not that
-    certain."""
+    0.98, so that R stays within about ±4: labels are not more certain than that."""
     rewards = guard.reward(guard.llama(tokens)[rows, columns])
     safe = 1 - targets.to(rewards.dtype)
     return F.binary_cross_entropy_with_logits(rewards, SMOOTHING + (1 - 2 * SMOOTHING) * safe)
 
 
 def mrm_loss(mrm, tokens, rows, columns, targets):
-    """Partial supervision, the paper's Eq. 5: the hidden state before a reply token predicts the reward after
-    it."""
+    """Partial supervision (Eq. 5): the hidden state before a reply token predicts the reward after it."""
     hidden = mrm.llama(tokens)[rows, columns - 1]
     return partial_supervision_loss(mrm, hidden, tokens[rows, columns], targets.to(hidden.dtype))
 

@@ -116,8 +116,7 @@ class TrieCache:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
     def take_slot(self):
-        """The lowest free slot, or else the next that was never used, for which all tensors may have to
-        double."""
+        """The lowest free slot, or else the next that was never used, for which all tensors may double."""
         if self.free:
             return heapq.heappop(self.free)
         slot, self.used = self.used, self.used + 1

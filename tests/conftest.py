@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 SMOLLM2 = ROOT / "data" / "smollm2"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "course")]
 
 import files                                    # noqa: E402, F401: before torch
 import torch                                    # noqa: E402
