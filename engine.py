@@ -178,8 +178,7 @@ class Reader:
         if not branches:
             return []                                       # not its turn: everything is kept
         known = [self.nearest(branch) for branch in branches]
-        kept = [self.nearest(branch)[0] for branch in keep]
-        self.trie.keep({node for node, _ in known} | set(kept))
+        self.trie.keep({node for node, _ in known} | {self.nearest(branch)[0] for branch in keep})
         given_back = [branch for branch, node in self.nodes.items() if node.slot is None]
         for branch in given_back:
             del self.nodes[branch]
@@ -191,7 +190,8 @@ class Reader:
                 self.nodes[branch] = node
                 branch, node = branch.parent, node.parent
         self.calls += len(branches)
-        self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in self.asked + kept))
+        copies = [*self.asked, *(self.nearest(branch)[0] for branch in keep)]
+        self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in copies))
         return given_back
 
     def nearest(self, branch):

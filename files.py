@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:                 # a user's own choice stands
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # turns of that loop; then the thread sleeps
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # turns of that loop; then the thread sleeps
 # Ctrl-C that nobody catches, as while torch is being imported, ends a program without a traceback.
 sys.excepthook = lambda kind, *more: (os._exit(130) if kind is KeyboardInterrupt else
                                       sys.__excepthook__(kind, *more))

@@ -6,17 +6,20 @@ import io
 
 from files import write_file
 
-import matplotlib
-import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator
 
-matplotlib.use("Agg")                                       # draws to a file, needs no display
+def pyplot():
+    """matplotlib.pyplot, drawing to files: it needs no display."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
 
 def attack_success(path, summary):
     """ASR against compute, by the guard and by the judge, and the mean rewards of both against the width: one
     line for each method, a point for each width."""
-    summary = [line for line in summary if "asr" in line]
+    from matplotlib.ticker import LogLocator
+    summary, plt = [line for line in summary if "asr" in line], pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     methods = list(dict.fromkeys(line["safety"] for line in summary))
     for axis, key, title in ((axes[0], "asr", "by the guard that steers"),
@@ -49,7 +52,7 @@ def attack_success(path, summary):
 def seconds_a_step(path, rows, width, length):
     """Seconds per step against the width (rows of `length` new tokens) and against the length (rows of
     WIDTH)."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
     for axis, x, fixed, value, title in ((axes[0], "width", "new", length, f"{length} new tokens"),
                                          (axes[1], "new", "width", width, f"width {width}")):
         mine = sorted((r for r in rows if r[fixed] == value), key=lambda r: r[x])

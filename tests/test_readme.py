@@ -20,8 +20,9 @@ def section(title):
 
 def lookup(name):
     """What "module.name.name" is."""
-    module, *names = name.split(".")
-    thing = importlib.import_module(module)
+    names = name.split(".")
+    folder = [names.pop(0)] if names[0] in ("data", "results") else []
+    thing = importlib.import_module(".".join([*folder, names.pop(0)]))
     for part in names:
         thing = getattr(thing, part)
     return thing

@@ -1,0 +1,129 @@
+"""A command ends in one way, whatever goes wrong, and what is written is there as a whole or not at all."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run_script
+
+from files import BadInput, check_output, reading, write_file
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from files import BadInput, run, write_file
+def main():
+    {body}
+run(main)
+"""
+
+
+def end_of(body, stdout=subprocess.PIPE, shell=""):
+    """(status, lines on stderr) of a command that does this."""
+    command = [sys.executable, "-c", SCRIPT.format(root=str(ROOT), body=body)]
+    if shell:
+        command = ["sh", "-c", f'"$@" {shell}', "sh", *command]
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("body, shell, status, said", [
+    ("print('done')", "", 0, None),
+    ("raise BadInput('no such thing')", "", 2, "-c: no such thing"),
+    ("raise KeyboardInterrupt", "", 130, None),
+    ("print('x' * 100000)", "> /dev/full", 1, "No space left on device"),
+    ("print('x')", "> /dev/full", 1, "No space left on device"),
+    ("print('x')", ">&-", 1, "closed"),
+    ("open('/proc/no/such/file', 'w')", "", 1, "/proc/no/such/file"),
+])
+def test_every_end_is_one_line_at_most(body, shell, status, said):
+    code, lines = end_of(body, shell=shell)
+    assert code == status and len(lines) == (said is not None), lines
+    assert said is None or said in lines[0]
+
+
+def test_a_reader_that_went_away():
+    code, lines = end_of("[print('x' * 1000) for _ in range(10000)]", shell="| head -1 > /dev/null; exit 0")
+    assert lines == []
+    command = [sys.executable, "-c", SCRIPT.format(root=str(ROOT), body="[print('x' * 1000) for _ in range(10000)]")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.parametrize("script", ["sample.py", "eval.py", "train_mrm.py"])
+def test_control_c_while_torch_is_imported(script):
+    """At whatever time it comes, once the first module is there: no traceback, status 130."""
+    for delay in (0.3, 0.6, 1.0):
+        process = subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert "Traceback" not in error and process.returncode in (0, 130), error
+
+
+def test_a_file_is_written_whole_with_the_users_permissions(tmp_path):
+    path, umask = tmp_path / "a.txt", os.umask(0o027)
+    try:
+        write_file(path, "new")
+        write_file(tmp_path / "b.bin", b"\0")
+    finally:
+        os.umask(umask)
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o640
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "b.bin"}
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_file(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
+@pytest.mark.parametrize("name, said", [
+    (".", "folder or a device"), ("no/such/a", "no folder"), ("a" * 300, "too long"), ("file/a", "no folder")])
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, name, said):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=said):
+        check_output(tmp_path / name)
+    assert {p.name for p in tmp_path.iterdir()} == {"file"}
+
+
+def test_a_device_is_not_replaced():
+    with pytest.raises(BadInput, match="device"):
+        check_output("/dev/null")
+    status, _, error = run_script("sample.py", "--html", "/dev/null")
+    assert status == 2 and error.count("\n") == 1 and not os.path.isfile("/dev/null")
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old")
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_file(tmp_path / "a", "new")
+    assert error.value.filename == str(tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_whatever_a_parser_raises_is_one_line():
+    for error in (ValueError("a\nb"), KeyError("k"), RecursionError(), MemoryError("m"), TypeError("t")):
+        with pytest.raises(BadInput, match="^f: not a thing") as found, reading("f", "a thing"):
+            raise error
+        assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_do_not_spin_unless_the_user_says_so(given):
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
+    code = "import model, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == ("3000" if not given else given.get("GOMP_SPINCOUNT", "None"))
