@@ -220,7 +220,7 @@ def test_a_reward_that_is_not_finite_is_left_out(smollm2, mrm):
 
 
 def test_a_tree_is_read_in_pieces_as_in_one(searched, trees, smollm2, mrm, monkeypatch):
-    monkeypatch.setattr(page, "TOKENS", 5)
+    monkeypatch.setattr(page, "ROWS", 5)
     again = page.tree(searched[1][1][1], searched[0], smollm2, mrm)
     assert again["reward"] == pytest.approx(trees[1]["reward"], abs=2e-2) and again["p"] == pytest.approx(trees[1]["p"], abs=2e-3)
 
