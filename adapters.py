@@ -1,8 +1,7 @@
 """
 Trained tensors on disk: adapters of this repository, a Llama Guard's folder, the paper's released MRM.
 
-An adapter is one small safetensors file: LoRA in float16, head or gain and bias, V_unseen, and metadata with
-the base model's fingerprint and the command that made it.
+An adapter is a safetensors file: LoRA in float16, head or gain and bias, V_unseen, and what it belongs to.
 """
 
 import hashlib

@@ -1,10 +1,9 @@
 """
 How searches run: on tries, many prompts side by side, both models in one forward pass, all of it counted.
 
-A search is a generator of its steps for one prompt: search.py has them and says how. `search_with` makes a
-function of it, `lockstep` runs it, a `Reader` stands between it and a model's trie, `Backbone` lets policy
-and reward model share a forward pass. Shapes: n sequences, T tokens, d = hidden_size, K = ranks of all LoRA
-together.
+A search is a generator of its steps for one prompt: search.py says how. `search_with` makes a function of it,
+`lockstep` runs it, a `Reader` stands between it and a model's trie, `Backbone` lets policy and reward model
+share a forward pass. Shapes: n sequences, T tokens, d = hidden_size, K = ranks of all LoRA together.
 """
 
 import inspect
@@ -76,12 +75,9 @@ class Result:
 
 def search_with(*kinds, temperature=1.0):
     """Decorator: make a search of a generator of its steps. kinds: which reward models it takes, of "guard",
-    "mrm" and None. temperature: the search's default.
-
-    The function made of it takes a prompt, or a list of prompts, whose searches then go on in lockstep. Each
-    has tries of its own, so its reply and its stats (but the seconds) are the same as if it were alone, as
-    far as rounding allows: in bfloat16, a batch of another size may decide a draw.
-    """
+    "mrm" and None. temperature: the search's default. The search takes a prompt, or a list of prompts, which
+    go on in lockstep. Each has tries of its own, so its reply and stats (but the seconds) are the same as if
+    it were alone, as far as rounding allows: in bfloat16, a batch of another size may decide a draw."""
     def decorate(steps):
         named = inspect.signature(steps).parameters
 

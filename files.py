@@ -1,9 +1,8 @@
 """
 How every command begins and ends: options, files that are read and written, one line for what goes wrong.
 
-Import this module before torch, as all modules here do: it sets GOMP_SPINCOUNT. Torch's threads wait for each
-other in a loop that fills a core, which slows a search beside another busy program (`python bench.py
---busy`). A program that imports torch first must have the variable in its environment.
+Import this before torch, as all modules do. It sets GOMP_SPINCOUNT: threads that wait in a loop fill a core,
+which slows a search beside another program. One that imports torch first must have it in its environment.
 """
 
 import argparse
@@ -58,9 +57,9 @@ class Parser(argparse.ArgumentParser):
 
 def at_least_1(text):
     """For argparse: a whole number of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    if int(text) >= 1:
+        return int(text)
+    raise ValueError
 
 
 @contextlib.contextmanager

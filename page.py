@@ -2,8 +2,7 @@
 The search as a page that one can look at: what `python sample.py --html tree.html` writes.
 
 Its tree has a node for each prefix that ever stood in a frontier, and node 0 for the prompt. To each belong
-the policy's and the MRM's favourite next tokens. page.html draws it; the file written is page.html with the
-trees in it.
+the policy's and the MRM's favourite next tokens. The file written is page.html with the trees in it.
 """
 
 import functools

@@ -82,8 +82,7 @@ def add_model_options(add):
 
 
 def load_models(args, methods):
-    """The policy, the base of the adapters (the policy itself where that is the same folder), the guard, and
-    {method: the reward model that it takes}."""
+    """The policy, the base of the adapters, the guard, and {method: the reward model that it takes}."""
     policy = base = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     if policy.tokenizer is None:
         raise BadInput(f"{args.policy} has no vocab.tiktoken; data/smollm2/prepare.py shows how to write one")

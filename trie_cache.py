@@ -11,8 +11,7 @@ the layout is our own, with tree attention in the manner of SpecInfer (Miao et a
     position = depth in the trie
     a mask lets each token look at the slots on its own path only, so slots may lie in any order
 
-So there is no padding, no copy of a cache, no concatenation along a path. A branch that is not needed any
-more gives its slots back, and they are used again.
+So there is no padding and no copy of a cache. A branch that is not needed any more gives its slots back.
 """
 
 import heapq
@@ -51,10 +50,8 @@ class TrieCache:
         child = trie.insert(node, [token])
         trie.keep({child})
 
-    `computed` counts tokens that went through the model, `cached` all others of the requested sequences
-    (computed before, or for another sequence of the same call), `attended` the keys on the paths of computed
-    tokens, themselves included (masked ones do not count).
-    """
+    `computed` counts tokens that went through the model, `cached` all others of the requested sequences,
+    `attended` the keys on the paths of computed tokens, themselves included."""
 
     def __init__(self, model, capacity=256):
         self.model = model
