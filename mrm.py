@@ -7,10 +7,10 @@ below.
     MRM     M(s)_a = gain · (h(s) · W_a) + b_a  ≈ R(s·a), W the frozen unembedding, b a trained bias
 
 h(s) is the final hidden state of the last token of s, by a frozen Llama with LoRA of each model's own. Both
-read the tokens of a conversation in the template: bos "\\n\\nUser:" prompt "\\n\\nAgent:" reply.
+read a conversation as: bos "\\n\\nUser:" prompt "\\n\\nAgent:" reply. (A Llama Guard has a template of its
+own.)
 
-The order is the paper's: the PRM (Section 2), M (4.1), its loss (4.2), V_unseen (4.3), and what is trained
-(4.2).
+The order is the paper's: the PRM (Section 2), M (4.1), its loss (4.2), V_unseen (4.3). LoRA comes last.
 
 Shapes: n sequences, T tokens, d = hidden_size, V = vocab_size, r = LoRA rank.
 """
@@ -66,8 +66,8 @@ class MRM(nn.Module):
     """M(s): the rewards of all next tokens at once, the paper's multifurcation reward model (Section 4.1).
 
     `unseen` marks V_unseen. `gain` is not in the paper: language-model logits are two orders of magnitude
-    larger than rewards, and one learned number takes that out. The authors' released weights have none: gain
-    = 1.
+    larger than rewards, and one learned number takes that out (train_mrm.py starts it at 0.02). The authors'
+    released weights have none, which is gain = 1.
     """
 
     def __init__(self, llama, template):
@@ -103,9 +103,9 @@ def partial_supervision_loss(mrm, hidden, children, rewards):
 
 
 def unseen_tokens(replies, config, min_count=1):
-    """V_unseen (Section 4.3): the tokens that stand fewer than min_count times in the replies (token lists),
-    so that they were not supervised, or too seldom, and M knows nothing of them. bool (V,). End-of-sequence
-    is never one: a search must be able to end."""
+    """V_unseen (Section 4.3): the tokens that stand fewer than min_count times in the training replies (token
+    lists), so that they were not supervised, or too seldom, and M knows nothing of them. bool (V,).
+    End-of-sequence is never one: a search must be able to end."""
     tokens = torch.tensor([token for reply in replies for token in reply], dtype=torch.long)
     unseen = torch.bincount(tokens, minlength=config.vocab_size) < min_count
     unseen[list(config.eos_token_ids)] = False

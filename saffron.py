@@ -38,11 +38,11 @@ class Sequence(NamedTuple):
 
 @torch.no_grad()
 def saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, read=None):
-    """The frontiers of the search: for each step a list of at most `width` Sequences, the best one first. The
-    reply is the first of the last frontier.
+    """The frontiers of the search: for each step a list of at most `width` Sequences, finished ones first,
+    then by reward. The reply is the first of the last frontier.
 
-    read: for policy and MRM a function that gives the hidden states of sequences, as `states` does by
-    default. A TrieCache of each is such a function, and computes no token twice.
+    read: a pair of functions, for policy and MRM, that give the hidden states of sequences as `states` does.
+    A TrieCache of each is such a function, and computes no token twice.
     """
     read_policy, read_mrm = read or (partial(states, policy), partial(states, mrm.llama))
     before_policy, before_mrm = prompt.policy_tokens(policy.template), prompt.reward_tokens(mrm.template)
@@ -54,7 +54,7 @@ def saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, 
         if not growing:
             break
 
-        # One call of the policy and one of the MRM for each unfinished s.
+        # Policy and MRM read each unfinished s once: a call for each s, all in one batch.
         logits = policy.logits(read_policy([before_policy + s.tokens for s in growing]))            # (n, V)
         if t < min_new_tokens:
             logits[:, eos] = -math.inf                              # the reply may not end yet

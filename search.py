@@ -4,21 +4,19 @@ Searching for a safe reply: each method is one function, all with the same argum
     result = saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8)
     result.tokens, result.text, result.reward, result.finished, result.stats, result.trace
 
-Given a list of prompts, it returns a list of results, found side by side. SEARCHES, at the end, names all.
+Given a list of prompts, it returns a list of results. SEARCHES, at the end, names all.
 
-How to read one. It is written as a generator of its steps for one prompt, of which `search_with` makes that
-function. Replies under way are Branches. What is to be read is asked for, by name, and two answers come:
+How to read one. It is written as a generator of its steps for one prompt; the decorator `search_with` makes
+of it the function called above. What is to be read is asked for by name, as Branches, and two answers come
+back:
 
     hidden, rewards = yield Ask(policy=growing, reward=children, keep=earlier)
 
-1. engine.py puts the new tokens into the tries of policy and reward model and reads them in one forward pass,
-   with those of other prompts. A list that is left out is empty, and so is its answer.
+1. engine.py puts the new tokens into the tries of policy and reward model and reads them in one forward pass.
 2. hidden: the policy's final hidden states after `growing`, (n, d). rewards: the guard's R of `children`,
-(n,);
-   or an MRM's hidden states after them, (n, d), of which `child_rewards` makes M(s)_a.
-3. A model that is asked forgets all that is not on the way to its list, or to `keep`: name there what you
-will
-   go on from later. A model that is not asked forgets nothing.
+   (n,), or an MRM's hidden states, (n, d), of which `child_rewards` makes M(s)_a.
+3. A model that is asked forgets all that is not on the way to its list, or to `keep`: name there what will
+   be gone on from later. A model that is not asked forgets nothing.
 4. Append each frontier, a list of branches, to `trace`. Return the branch that won. The least search is:
 
     @search_with(None)
@@ -30,7 +28,7 @@ will
             trace.append([branch])
         return branch
 
-Shapes: n sequences, m candidates, d = hidden_size, V = vocab_size. The first search is saffron.
+Shapes: n sequences, m candidates, d = hidden_size, V = vocab_size.
 """
 
 import itertools
@@ -379,8 +377,8 @@ SEARCHES = {
     "rebase": Method(rebase, "guard", "shares N expansions in proportion to the rewards at each token"),
     "deal": Method(deal, "guard", "looks ahead greedily from the N likeliest tokens"),
     "mcts": Method(mcts, "guard", "Monte-Carlo tree search with PUCT, N simulations a token"),
-    "saffron": Method(saffron, "mrm", "the paper's: all candidates of a sequence for one call"),
-    "saffron_guard": Method(saffron, "guard", "the same with one call for each candidate"),
+    "saffron": Method(saffron, "mrm", "the paper's: one call of the MRM scores all next tokens"),
+    "saffron_guard": Method(saffron, "guard", "the same, with a call of the guard for each candidate"),
 }
 
 
