@@ -4,7 +4,7 @@ How fast the search is, and how near it comes to what this machine's memory allo
     python bench.py                     widths 1, 4, 16, 64 with 32 new tokens, on the default models
     python bench.py --length            seconds and memory against the length of the reply, width 4
     python bench.py --prompts 8         eight prompts side by side against one after another, width 4
-    python bench.py --busy              a search alone, beside a busy process, and beside another search, width 4
+    python bench.py --busy              a search alone, beside a busy process, beside another search, width 4
 
 "copies" is the page saffron.py with keys and values as they are commonly kept: the policy's forward pass,
 then the MRM's, each with a batch in which every sequence has a copy of its own, and all of M(s). "KV MB" is
@@ -125,7 +125,8 @@ def compare_busy(search, prompt):
     length, alone = ["--max_new_tokens", "2000", "--min_new_tokens", "2000"], None
     for name, command in (("alone", ["-c", "print()"]), ("beside a busy process", spin),
                           ("two searches at once", ["sample.py", "--json", "--prompt", PROMPT, *length])):
-        other = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        other = subprocess.Popen([sys.executable, *command], **pipes)
         other.stderr.readline()                             # until it has begun, or ended
         seconds = sum(search(prompt).stats.seconds for _ in range(5)) / 5
         alone = alone or seconds
@@ -155,7 +156,7 @@ def parse_arguments():
     add_model_options(add)
     args = parser.parse_args()
     if args.plot and (args.plot.suffix not in (".png", ".svg", ".pdf") or not find_spec("matplotlib")):
-        parser.error(f"--plot {args.plot}: expected a .png, .svg or .pdf, and matplotlib (pip install matplotlib)")
+        parser.error(f"--plot {args.plot}: need .png, .svg or .pdf, and matplotlib (pip install matplotlib)")
     for path in filter(None, (args.plot, args.out)):                 # before the measurements, not after them
         check_output(path)
     return args

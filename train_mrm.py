@@ -376,8 +376,8 @@ def main():
     add("--guard", metavar="PATH", help="MRM: refuse rewards that another guard has given than this one")
     add("--min_count", type=int, default=1, help="MRM: a token counts as seen from so many occurrences on")
     add("--accumulate", type=at_least_1, default=1, help="pieces of a process' part of a batch: less memory")
-    add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="bfloat16: products in "
-        "it, weights in float32; faster where the hardware multiplies in it")
+    add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="bfloat16: products in"
+        " it, weights in float32; faster where the hardware multiplies in it")
     add("--eval_every", type=at_least_1, default=200)
     add("--eval_replies", type=at_least_1, default=400, help="replies of each validation but the last")
     add("--log_every", type=at_least_1, default=20)
