@@ -125,8 +125,8 @@ def compare_busy(search, prompt):
     length, alone = ["--max_new_tokens", "2000", "--min_new_tokens", "2000"], None
     for name, command in (("alone", ["-c", "print()"]), ("beside a busy process", spin),
                           ("two searches at once", ["sample.py", "--json", "--prompt", PROMPT, *length])):
-        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        other = subprocess.Popen([sys.executable, *command], **pipes)
+        other = subprocess.Popen([sys.executable, *command], cwd=Path(__file__).parent,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         other.stderr.readline()                             # until it has begun, or ended
         seconds = sum(search(prompt).stats.seconds for _ in range(5)) / 5
         alone = alone or seconds

@@ -339,7 +339,7 @@ def main():
             from results.draw import attack_success
             attack_success(args.out / "asr.png", summary)
         print(markdown(summary), end="")
-    if processes > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

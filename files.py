@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from pathlib import Path
-
 if "OMP_WAIT_POLICY" not in os.environ:                 # a user's own choice stands
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # turns of that loop; then the thread sleeps
 # Ctrl-C that nobody catches, as while torch is being imported, ends a program without a traceback.
@@ -40,11 +39,12 @@ def run(main):
     except (KeyboardInterrupt, BrokenPipeError) as error:
         status, line = 130 if isinstance(error, KeyboardInterrupt) else 141, ""
     except OSError as error:
-        status, line = 1, f"{error.filename or 'standard output'}: {error.strerror or error}"
+        status, line = 1, f"{error.filename or 'standard output or a file'}: {error.strerror or error}"
     if line:
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     if status in (1, 141) and sys.stdout:               # Python will flush it again, which must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with contextlib.suppress(OSError):              # it may be no file of the system's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
@@ -86,8 +86,8 @@ def read_json(path):
 def read_jsonl(path):
     """(line number, object) of each line of a file of JSON objects. Raises BadInput that names the line."""
     with reading(path, "UTF-8 text"):
-        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, 1):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         with reading(f"{path}, line {number}", "a JSON object"):
             yield number, dict(json.loads(line).items())
 
