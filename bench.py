@@ -150,7 +150,6 @@ def parse_arguments():
     add("--prompts", type=at_least_1, metavar="N", help="so many side by side, and one after another")
     add("--busy", action="store_true", help="a search alone, beside a busy process, and two at once")
     add("--plot", type=Path, metavar="FILE", help="draw width and length: .png, .svg or .pdf")
-    add("--profile", action="store_true", help="the ten costliest operators")
     add("--out", type=Path, metavar="FILE", help="write the table as JSON too")
     add("--safety", choices=list(SEARCHES), default="saffron", help="the search (default: saffron)")
     add_model_options(add)
@@ -169,10 +168,6 @@ def main():
     search = functools.partial(SEARCHES[args.safety].search, policy, reward_model, width=WIDTH,
                                max_new_tokens=LENGTH, min_new_tokens=LENGTH)
     search(prompt_of(policy), width=2, max_new_tokens=2)                # the first calls are slower
-    if args.profile:
-        with torch.profiler.profile() as profiler:
-            search(prompt_of(policy))
-        return print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
     if args.prompts:
         return compare_batch(search, policy, args.prompts)
     if args.busy:

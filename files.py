@@ -10,13 +10,28 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:                 # a user's own choice stands
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # turns of that loop; then the thread sleeps
-# Ctrl-C that nobody catches, as while torch is being imported, ends a program without a traceback.
+
+
+def interrupt(number, frame):
+    """Ctrl-C. In the middle of an import it ends the program: C++ code there would abort on an exception."""
+    while frame and "importlib" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    if frame:
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
+# Ctrl-C that nobody catches, as between two imports, leaves no traceback either.
 sys.excepthook = lambda kind, *more: (os._exit(130) if kind is KeyboardInterrupt else
                                       sys.__excepthook__(kind, *more))
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    with contextlib.suppress(ValueError):               # not in the main thread
+        signal.signal(signal.SIGINT, interrupt)
 
 
 class BadInput(ValueError):

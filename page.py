@@ -49,12 +49,16 @@ def tree(result, prompt, policy, mrm):
             if branch.reward is not None and math.isfinite(branch.reward):
                 nodes[node]["found"] = round(branch.reward, 2)
     place = lambda tokens: functools.reduce(lambda node, token: index.get((node, token)), tokens, 0)
+    # [tokens computed, tokens from the cache] when 0, 1, ... frontiers had been found; at the end, all
+    costs = [[0, 0] for _ in range(len(result.trace) + 1)]
     for one in result.rounds:
+        for cost in costs[min(one.step + 1, len(result.trace)):]:
+            cost[:] = one.tokens_computed, one.tokens_cached
         for branch in one.given_back:
             if node := place(branch.tokens):                            # neither the prompt, nor a look-ahead
                 nodes[node]["given_back"] = one.step + 1
     add_numbers(nodes, prompt, policy, mrm)
-    return {"reply": place(result.tokens), "costs": costs(result)} | {
+    return {"reply": place(result.tokens), "costs": costs} | {
         name: [node[name] for node in nodes] for name in nodes[0]}
 
 
@@ -82,15 +86,6 @@ def read(llama, context, nodes):
     for node in nodes[1:]:
         sequences.append(sequences[node["parent"]] + [node["token"]])
     return torch.cat([trie(sequences[start:start + ROWS]) for start in range(0, len(nodes), ROWS)])
-
-
-def costs(result):
-    """[tokens computed, tokens from the cache] when 0, 1, ... frontiers had been found; at the end, all."""
-    found = [[0, 0] for _ in range(len(result.trace) + 1)]
-    for one in result.rounds:
-        for cost in found[min(one.step + 1, len(result.trace)):]:
-            cost[:] = one.tokens_computed, one.tokens_cached
-    return found
 
 
 def write_page(path, trees, prompt, prefill, policy, mrm):

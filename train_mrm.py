@@ -122,10 +122,8 @@ def predictions(reward_model, examples, device, size=16):
 def auc(scores, labels):
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
     scores, labels = np.asarray(scores), np.asarray(labels, bool)
-    ordered = np.sort(scores)
-    ranks = (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")) / 2
-    positives, negatives = labels.sum(), (~labels).sum()
-    return (ranks[labels].sum() - positives ** 2 / 2) / (positives * negatives)
+    above = scores[labels][:, None] - scores[~labels]                   # (positives, negatives)
+    return np.mean((above > 0) + 0.5 * (above == 0))
 
 
 def validate_guard(guard, examples, device):
@@ -168,10 +166,8 @@ def new_reward_model(args, llama, train):
 def learning_rate(step, args):
     """Linear warm-up over the first 5 % of the steps, then a cosine down to a tenth."""
     warmup = max(1, args.steps // 20)
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, args.steps - warmup)
-    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    progress = max(0, step - warmup) / max(1, args.steps - warmup)
+    return args.lr * min((step + 1) / warmup, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def save_checkpoint(path, args, step, reward_model, optimizer):
