@@ -6,18 +6,19 @@ An adapter is a safetensors file: LoRA in float16, head or gain and bias, V_unse
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from files import BadInput, read_json, reading, write_file
+from files import BadInput, check_keys, field, read_json, reading, write_file
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
 from model import Llama, read_tensors
-from mrm import MRM, Guard, add_lora, llama_guard, trained_tensors
+from mrm import MRM, PROJECTIONS, Guard, add_lora, check_finite, llama_guard, trained_tensors
 from tokenizer import Template
 
 DEFAULT = Path(__file__).resolve().parent / "data" / "smollm2"      # the default checkpoint, and its adapters
@@ -32,7 +33,8 @@ def default_models():
 
 def load_llama(folder, dtype=torch.float32, device="cpu"):
     """Llama.load. The default weights are fetched and converted first, if they are not here yet."""
-    if Path(folder).resolve() == DEFAULT and not (DEFAULT / "model.safetensors").exists():
+    if Path(folder).resolve() == DEFAULT and not all(
+            (DEFAULT / name).exists() for name in ("model.safetensors", "tokenizer.json")):
         print("The default weights are not here yet: running data/smollm2/prepare.py", file=sys.stderr)
         if subprocess.run([sys.executable, DEFAULT / "prepare.py"]).returncode:
             raise BadInput("the default weights could not be prepared; --policy and --mrm_base take others")
@@ -40,12 +42,15 @@ def load_llama(folder, dtype=torch.float32, device="cpu"):
 
 
 def load_guard(path, llama):
-    """The guard at `path`: an adapter on `llama`, or a Llama Guard's folder (maybe that of `llama`)."""
+    """The guard at `path`: a Llama Guard's folder (maybe that of `llama`), or an adapter on `llama`. Those of
+    this repository are adapters on the default weights, whatever `llama` is."""
     if not Path(path).is_dir():
+        if Path(path).resolve().parent == DEFAULT and read_metadata(path).get("base_fingerprint") != llama.fingerprint:
+            llama = load_llama(DEFAULT, llama.dtype, llama.device)
         return load_adapter(path, llama, "guard")
     other = Llama.load(path, llama.dtype, llama.device)
-    if vocabulary_of(other) != vocabulary_of(llama) or not other.tokenizer:
-        raise BadInput(f"{path} and {llama.config.name} have different vocabularies; they must share one")
+    if other.tokenizer is None:
+        raise BadInput(f"{path} has no tokenizer.json, which a guard needs to be asked for its verdict")
     return llama_guard(llama if other.fingerprint == llama.fingerprint else other)
 
 
@@ -59,19 +64,17 @@ def load_mrm(path, llama):
     return load_released_mrm(path, llama, llama.tokenizer.template("reward"))
 
 
-def vocabulary_of(llama):
-    return llama.tokenizer.fingerprint if llama.tokenizer else ""
-
-
 def save_adapter(reward_model, path, rank, alpha, targets, first_layer, command):
     """Write an adapter, with the settings of its LoRA and the command that made it."""
     llama, template = reward_model.llama, reward_model.template
     metadata = {"kind": "mrm" if isinstance(reward_model, MRM) else "guard", "base": llama.config.name,
-                "base_fingerprint": llama.fingerprint, "vocabulary": vocabulary_of(llama), "rank": rank,
+                "base_fingerprint": llama.fingerprint, "vocabulary": llama.vocabulary, "rank": rank,
                 "alpha": alpha, "targets": targets, "first_layer": first_layer,
                 "template": [template.prefix, template.infix], "command": command}
     tensors = {name: (tensor.half() if "lora_" in name else tensor).detach().cpu().contiguous()
                for name, tensor in trained_tensors(reward_model).items()}
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"the trained {name} has values")
     write_file(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
 
 
@@ -92,12 +95,15 @@ def load_adapter(path, llama, kind):
         base = f"was made for the base model {meta['base']}, fingerprint"
         for what, theirs, ours in (
                 ("is an adapter of kind", meta["kind"], kind),
-                ("was made for the vocabulary", meta["vocabulary"], vocabulary_of(llama)),
+                ("was made for the vocabulary", meta["vocabulary"], llama.vocabulary),
                 (base, meta["base_fingerprint"], llama.fingerprint)):
             if theirs != ours:
                 raise BadInput(f"{path} {what} {theirs}, but here it must be {ours} ({llama.config.name})")
         llama = add_lora(llama, meta["rank"], meta["alpha"], meta["targets"], meta["first_layer"])
-        model = (MRM if kind == "mrm" else Guard)(llama, Template(*meta["template"]))
+        prefix, infix = meta["template"]
+        for i in prefix + infix:
+            field({"template": i}, "template", int, 0, llama.config.vocab_size - 1)
+        model = (MRM if kind == "mrm" else Guard)(llama, Template(prefix, infix))
     return fill(model, path, dict(read_tensors(path)), f"rank {meta['rank']}").requires_grad_(False)
 
 
@@ -110,7 +116,7 @@ def fill(model, path, found, said):
         if wanted[name].shape != found[name].shape:
             raise BadInput(f"{path}: tensor {name} has shape {tuple(found[name].shape)}, "
                            f"expected {tuple(wanted[name].shape)} ({said})")
-        wanted[name].data.copy_(found[name])
+        wanted[name].data.copy_(check_finite(found[name], f"{path}: the tensor {name} has values"))
     return model
 
 
@@ -126,19 +132,36 @@ def load_released_mrm(folder, llama, template):
     Raises BadInput for a missing or damaged file and for kinds of LoRA other than the plain one."""
     folder, path = Path(folder), Path(folder) / "adapter_config.json"
     config = read_json(path)
-    for key, plain in {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False,
-                       "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
-                       "modules_to_save": None, "layers_to_transform": None}.items():
-        if config.get(key, plain) != plain:
-            raise BadInput(f"{path}: {key} = {config[key]!r} is not supported, only {plain!r} is")
     with reading(path, "a LoRA config with r, lora_alpha and target_modules"):
-        rank, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
+        check_keys(config, dict.fromkeys(
+            "r lora_alpha target_modules base_model_name_or_path revision auto_mapping inference_mode task_type "
+            "lora_dropout layers_pattern megatron_core peft_version".split())
+            # pissa and olora change the base weights too, of which the file does not tell
+            | {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "eva"]})
+        rank, alpha = config["r"], config["lora_alpha"]
+        layers, targets = lora_targets(config["target_modules"], llama.config.num_hidden_layers)
+        llama = add_lora(llama, rank, alpha, targets, layers[0])
     found = {name.replace("base_model.model.", "llama.").replace(".weight", ""): tensor
              for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
     found |= {"gain": torch.ones(()), "bias": read_tensor(folder / "lm_head_bias.pt"),
               "unseen": read_tensor(folder / "unseen_mask.pt")}
-    model = MRM(add_lora(llama, rank, alpha, targets), template).requires_grad_(False)
+    model = MRM(llama, template).requires_grad_(False)
     return fill(model, folder, found, f"rank {rank}, vocabulary {llama.config.vocab_size}")
+
+
+def lora_targets(modules, layers):
+    """(layers, projections) that PEFT's target_modules mean: ends of names, whole names, or a regular
+    expression for whole names. Raises BadInput unless they are the same projections in the last layers."""
+    name = lambda layer, last: f"model.layers.{layer}.{'mlp' if last in PROJECTIONS[4:] else 'self_attn'}.{last}"
+    if modules == "all-linear":
+        modules = PROJECTIONS
+    meant = (lambda whole: re.fullmatch(modules, whole)) if isinstance(modules, str) else (
+        lambda whole: any(f".{whole}".endswith(f".{module}") for module in modules))
+    found = [(layer, last) for layer in range(layers) for last in PROJECTIONS if meant(name(layer, last))]
+    which, targets = sorted({layer for layer, _ in found}), sorted({last for _, last in found})
+    if not found or len(found) < len(targets) * (layers - which[0]):
+        raise BadInput(f"target_modules = {str(modules)[:80]} are not the same projections of all last layers")
+    return which, targets
 
 
 def read_tensor(path):

@@ -23,7 +23,7 @@ from argparse import ArgumentTypeError
 from importlib.util import find_spec
 from pathlib import Path
 
-from files import BadInput, Parser, at_least_1, check_output, run, write_file
+from files import BadInput, Parser, check_output, number, run, write_file
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +147,7 @@ def parse_arguments():
     add("--length", type=numbers, nargs="?", const=LENGTHS, help="reply lengths, at width 4 or --width")
     add("--prompt_length", type=numbers, nargs="?", const=PROMPT_LENGTHS, help="the same of prompts")
     add = parser.add_argument
-    add("--prompts", type=at_least_1, metavar="N", help="so many side by side, and one after another")
+    add("--prompts", type=number(1), metavar="N", help="so many side by side, and one after another")
     add("--busy", action="store_true", help="a search alone, beside a busy process, and two at once")
     add("--plot", type=Path, metavar="FILE", help="draw width and length: .png, .svg or .pdf")
     add("--out", type=Path, metavar="FILE", help="write the table as JSON too")

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mrm import MRM, PROJECTIONS, Guard, LoRALinear, part_of, shallow_copy
+from mrm import MRM, PROJECTIONS, Bridge, Guard, LoRALinear, part_of, score, shallow_copy
 from trie_cache import TrieCache, compute
 
 
@@ -90,7 +90,7 @@ def search_with(*kinds, temperature=1.0):
                 raise BadInput(f"{steps.__name__} takes {wanted} as its reward model, not {kind}")
             options = dict(width=width, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens,
                            top_p=top_p, temperature=temperature, beta=beta, seed=seed)
-            check_options(**options)
+            check_options(options)
             options = {key: value for key, value in options.items() if key in named}
             several, searches = isinstance(prompts, list), []
             for prompt in prompts if several else [prompts]:
@@ -173,22 +173,26 @@ class Reader:
         self.asked = []
         if not branches:
             return []                                       # not its turn: everything is kept
-        known = [self.nearest(branch) for branch in branches]
+        known = [self.nearest(branch) for branch in branches]           # (node, tokens after it) of each
         self.trie.keep({node for node, _ in known} | {self.nearest(branch)[0] for branch in keep})
         given_back = [branch for branch, node in self.nodes.items() if node.slot is None]
         for branch in given_back:
             del self.nodes[branch]
         self.asked = [self.trie.insert(node, tokens + self.suffix) for node, tokens in known]
         for branch, node in zip(branches, self.asked):
-            for _ in self.suffix:                           # a side branch, on no path to anything later
-                node = node.parent
-            while branch is not None and branch not in self.nodes:
-                self.nodes[branch] = node
-                branch, node = branch.parent, node.parent
+            self.remember(branch, node)
         self.calls += len(branches)
         copies = [*self.asked, *(self.nearest(branch)[0] for branch in keep)]
         self.unshared_slots = max(self.unshared_slots, sum(node.depth for node in copies))
         return given_back
+
+    def remember(self, branch, node):
+        """Note the nodes of a branch and of those it came from; `node` ends its path."""
+        for _ in self.suffix:                               # a side branch, on no path to anything later
+            node = node.parent
+        while branch is not None and branch not in self.nodes:
+            self.nodes[branch] = node
+            branch, node = branch.parent, node.parent
 
     def nearest(self, branch):
         """(the node of the longest known beginning of a branch, the tokens from there on)."""
@@ -214,6 +218,25 @@ class Reader:
         return 2 * (config.linear_params + lora) * self.trie.computed + a_pair * self.trie.attended
 
 
+class BridgeReader(Reader):
+    """A Reader for a guard with another vocabulary: it encodes a reply's text anew, and finds in the trie what
+    has not changed by that."""
+
+    def __init__(self, bridge, prompt):
+        self.bridge, guard = bridge, bridge.guard
+        context = bridge.prompt(prompt).reward_tokens(guard.template)
+        super().__init__(guard.llama, context, guard.template.suffix, guard.reward)
+
+    def remember(self, branch, node):
+        """Nothing: the beginning of a text may have other tokens than the whole."""
+
+    def nearest(self, branch):
+        tokens, node, known = self.context + self.bridge.tokens(branch.tokens), self.trie.root, 0
+        while known < len(tokens) and tokens[known] in node.children:
+            node, known = node.children[tokens[known]], known + 1
+        return node, tokens[known:]
+
+
 class Scorer:
     """In a Reader's place, for a guard that has no more than `score`; what that computes is not counted."""
 
@@ -226,11 +249,13 @@ class Scorer:
         return []
 
     def answer(self):
-        return self.guard.score(self.prompt, [branch.tokens for branch in self.asked]) if self.asked else None
+        return score(self.guard, self.prompt, [branch.tokens for branch in self.asked]) if self.asked else None
 
 
 def reward_reader(reward_model, prompt):
     """The reward model's side of a search: an MRM answers with hidden states, a guard with rewards."""
+    if isinstance(reward_model, Bridge):
+        return BridgeReader(reward_model, prompt)
     if not isinstance(reward_model, (MRM, Guard)):
         return Scorer(reward_model, prompt)
     head = (lambda hidden: hidden) if isinstance(reward_model, MRM) else reward_model.reward
@@ -288,28 +313,32 @@ def same_base(a, b):
     return a.model.embed_tokens.weight is b.model.embed_tokens.weight
 
 
-def check_options(width, max_new_tokens, min_new_tokens, top_p, temperature, beta, seed):
-    """Raises BadInput for a value outside its range."""
-    for name, value, ok, allowed in (
-            ("width", width, width >= 1, "at least 1"),
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", min_new_tokens, min_new_tokens >= 0, "at least 0"),
-            ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-            ("temperature", temperature, temperature == 0 or 0.01 <= temperature <= 100,
-             "0, or from 0.01 to 100"),
-            ("beta", beta, 0 <= beta <= 100, "from 0 to 100"),
-            ("seed", seed, 0 <= seed < 2 ** 63, "at least 0 and below 2^63")):
-        if not ok:
-            raise BadInput(f"{name} is {value}, but it must be {allowed}")
+def check_options(options):
+    """Raises BadInput for a value outside its range. options: {name: value}."""
+    for name, fits, allowed in (
+            ("width", lambda x: 1 <= x <= 10_000, "at least 1, and at most 10,000"),
+            ("max_new_tokens", lambda x: 1 <= x <= 10 ** 6, "at least 1, and at most a million"),
+            ("min_new_tokens", lambda x: x >= 0, "at least 0"),
+            ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("temperature", lambda x: x == 0 or 0.01 <= x <= 100, "0, or from 0.01 to 100"),
+            ("beta", lambda x: 0 <= x <= 100, "from 0 to 100"),
+            ("seed", lambda x: 0 <= x < 2 ** 63, "at least 0 and below 2^63")):
+        if options.get(name) is not None and not fits(options[name]):
+            raise BadInput(f"{name} is {str(options[name])[:40]}, but it must be {allowed}")
 
 
 def check_prompt(policy, reward_model, prompt, max_new_tokens):
     """Raises BadInput for a prompt too long for a model, or two vocabularies."""
+    if policy.template is None:
+        policy.tokenizer.template("chat")                   # raises BadInput, which says where one is looked for
     readers = [(policy, prompt.policy_tokens(policy.template))]
+    if isinstance(reward_model, (MRM, Guard)):
+        check_vocabulary(policy, reward_model.llama)
+    if isinstance(reward_model, Bridge):
+        reward_model, prompt = reward_model.guard, reward_model.prompt(prompt)
     if isinstance(reward_model, (MRM, Guard)):
         template = reward_model.template
         readers.append((reward_model.llama, prompt.reward_tokens(template) + template.suffix))
-        check_vocabulary(policy, reward_model.llama)
     for llama, context in readers:
         limit = llama.config.max_position_embeddings
         if len(context) + max_new_tokens > limit:
@@ -318,14 +347,9 @@ def check_prompt(policy, reward_model, prompt, max_new_tokens):
 
 
 def check_vocabulary(policy, other):
-    """Raises BadInput unless both Llamas have one vocabulary: a reward model reads the policy's tokens."""
-    tokenizers = {llama.tokenizer.fingerprint for llama in (policy, other) if llama.tokenizer}
-    if policy.config.vocab_size != other.config.vocab_size or len(tokenizers) > 1:
+    """Raises BadInput unless both Llamas have one vocabulary: M(s) is a reward for each token of the
+    policy's. (mrm.bridged takes a guard across.)"""
+    if policy.config.vocab_size != other.config.vocab_size or len({policy.vocabulary, other.vocabulary} - {""}) > 1:
         raise BadInput(f"the policy {policy.config.name} and the reward model on {other.config.name} have "
-                       "different vocabularies; they must share one")
-
-
-def check_numbers(values, giving):
-    """Raises BadInput where a value is not a number. giving: who gives what."""
-    if values.isnan().any():
-        raise BadInput(f"{giving} that are not numbers; its weights, or their dtype, are to blame")
+                       "different vocabularies; an MRM must share the policy's: data/safety_rewards/prepare.py "
+                       "--policy DIR and train_mrm.py --objective mrm --base DIR make one")

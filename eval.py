@@ -35,7 +35,7 @@ import re
 import sys
 from pathlib import Path
 
-from files import BadInput, Parser, at_least_1, check_output, read_json, run, write_file
+from files import BadInput, Parser, check_output, number, read_json, run, write_file
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 from adapters import DEFAULT, load_guard
 from data.corpus import read_attacks
-from engine import check_prompt
-from mrm import Guard
+from engine import check_options, check_prompt
+from mrm import Guard, bridged, check_finite, score
 from sample import add_model_options, add_search_options, load_models
 from search import SEARCHES, describe, repeats_its_end
 from train_mrm import join_processes
@@ -129,11 +129,11 @@ class Measures:
     def rewards(self, guard, replies):
         """R of each reply."""
         if not isinstance(guard, Guard):
-            return {i: guard.score(self.prompts[i], [reply]).item() for i, reply in replies.items()}
+            return {i: score(guard, self.prompts[i], [reply]).item() for i, reply in replies.items()}
         contexts = {i: self.prompts[i].reward_tokens(guard.template) for i in replies}
         replies = {i: reply + guard.template.suffix for i, reply in replies.items()}
         hidden = self.hidden(guard.llama, contexts, replies)
-        return {i: guard.reward(h[-1]).item() for i, h in hidden.items()}
+        return {i: check_finite(guard.reward(h[-1]), "the guard gives rewards").item() for i, h in hidden.items()}
 
     def __call__(self, results):
         """What results.jsonl keeps of the Results of one search."""
@@ -245,21 +245,20 @@ def parse_arguments():
     add("--safety", default="none,best_of_n,saffron", help="methods; beam:1/2 is one with widths of its own")
     add("--width", default="4", help="widths, such as 1,4,16 (none has no width)")
     add("--attack", choices=["none", "prefill", "suffix"], default="prefill")
-    add("--prefill_tokens", type=int, default=10, help="tokens of the response that the reply begins with")
+    add("--prefill_tokens", type=number(0), default=10, help="tokens of the response that the reply begins with")
     add("--hide_prefill", action="store_true", help="keep the prefill from guard, MRM and judge")
     add("--suffix", default="", help="what --attack suffix appends to each prompt (default: the row's own)")
     add_search_options(add)
-    add("--limit", type=at_least_1, help="use only the first rows of each file")
-    add("--batch", type=at_least_1, default=1, help="prompts searched side by side; changes no reply")
-    add("--tflop_limit", type=float, help="for scaleff (default: the tflop of the costliest method)")
+    add("--limit", type=number(1), help="use only the first rows of each file")
+    add("--batch", type=number(1), default=1, help="prompts searched side by side; changes no reply")
+    add("--tflop_limit", type=number(1e-12, 1e12, float), help="for scaleff (default: the tflop of the costliest method)")
     add("--plot", action="store_true", help="draw OUT/asr.png")
     add("--out", required=True, type=Path, metavar="DIR")
     add_model_options(add)
     add("--judge", default=DEFAULT / "judge.safetensors", metavar="PATH", help="as --guard")
     args = parser.parse_args()
     args.runs = parse_runs(args.safety, args.width)
-    if args.prefill_tokens < 0 or args.tflop_limit is not None and not args.tflop_limit > 0:
-        raise BadInput("--prefill_tokens must be at least 0, and --tflop_limit above 0")
+    check_options(vars(args) | {"width": max(width for _, width in args.runs)})
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib: pip install matplotlib")
     return args
@@ -307,7 +306,7 @@ def start(args):
             check_prompt(policy, guard, attacked(row, policy.tokenizer, args), args.max_new_tokens)
         except BadInput as error:
             raise BadInput(f"{row['source']}: {error}") from None
-    return rows, (policy, guard, load_guard(args.judge, base), reward_models)
+    return rows, (policy, guard, bridged(policy, load_guard(args.judge, base)), reward_models)
 
 
 def main():

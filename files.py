@@ -9,12 +9,18 @@ import argparse
 import contextlib
 import errno
 import json
+import math
 import os
 import signal
 import sys
+import unicodedata
 from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:                 # a user's own choice stands
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # turns of that loop; then the thread sleeps
+
+
+class BadInput(ValueError):
+    """What the user gave (a file, an option, a prompt) cannot be used. The message says what is allowed."""
 
 
 def interrupt(number, frame):
@@ -26,16 +32,12 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-# Ctrl-C that nobody catches, as between two imports, leaves no traceback either.
-sys.excepthook = lambda kind, *more: (os._exit(130) if kind is KeyboardInterrupt else
-                                      sys.__excepthook__(kind, *more))
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     with contextlib.suppress(ValueError):               # not in the main thread
         signal.signal(signal.SIGINT, interrupt)
-
-
-class BadInput(ValueError):
-    """What the user gave (a file, an option, a prompt) cannot be used. The message says what is allowed."""
+# Ctrl-C that nobody catches, as between two imports, leaves no traceback either.
+sys.excepthook = lambda kind, *more: (os._exit(130) if kind is KeyboardInterrupt else
+                                      sys.__excepthook__(kind, *more))
 
 
 def run(main):
@@ -50,7 +52,7 @@ def run(main):
         finally:
             sys.stdout.flush()
     except BadInput as error:
-        status, line = 2, error
+        status, line = 2, printable(" ".join(str(error).split("\n")))
     except (KeyboardInterrupt, BrokenPipeError) as error:
         status, line = 130 if isinstance(error, KeyboardInterrupt) else 141, ""
     except OSError as error:
@@ -63,18 +65,58 @@ def run(main):
     sys.exit(status)
 
 
+def printable(text):
+    """Without characters that a terminal would obey (control characters, and those that turn the direction of
+    writing): a model or a file may hold any."""
+    obeyed = lambda c: (unicodedata.category(c) == "Cc" and c not in "\n\t" or
+                        unicodedata.bidirectional(c) in "LRE RLE LRO RLO PDF LRI RLI FSI PDI".split())
+    return "".join("\ufffd" if obeyed(c) else c for c in text)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
+        self.exit(2, printable(f"{self.prog}: {message} (--help lists all options)".replace("\n", " ")) + "\n")
 
 
-def at_least_1(text):
-    """For argparse: a whole number of at least 1."""
-    if int(text) >= 1:
-        return int(text)
-    raise ValueError
+def number(low, high=2 ** 31, kind=int):
+    """For argparse: a number from `low` to `high`."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {'a whole' if kind is int else 'a'} number "
+                                         f"from {low:.10g} to {high:.10g}")
+    return parse
+
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def field(raw, name, kind=int, low=-math.inf, high=math.inf, default=...):
+    """A field of a JSON object, of a type (int is a float too, a bool is neither) and in a range. Raises
+    BadInput. default: what stands for one that is absent or null."""
+    value = raw.get(name)
+    if value is None and default is not ...:
+        return default
+    if value is None:
+        raise BadInput(f"the field {name} is missing")
+    fits = type(value) in ((int, float) if kind is float else (kind,))
+    if not fits or kind in (int, float) and not low <= value <= high:
+        within = f" of at least {low:.10g} and at most {high:.10g}" if kind in (int, float) else ""
+        raise BadInput(f"{name} = {json.dumps(value)[:40]} must be {KINDS[kind]}{within}")
+    return value
+
+
+def check_keys(raw, known):
+    """Nothing that changes the numbers passes unread. known: {key: its allowed values, or None for all}.
+    Raises BadInput for another value, and for a key that is not known, unless it is null, false or empty."""
+    for key, value in raw.items():
+        allowed = known.get(key, [None, False, "", [], {}])
+        if allowed is not None and value not in allowed:
+            raise BadInput(f"{key} = {json.dumps(value)[:80]} is not supported, only "
+                           f"{' or '.join(map(json.dumps, allowed[:4]))}")
 
 
 @contextlib.contextmanager
@@ -82,29 +124,47 @@ def reading(path, expected="a readable file"):
     """Whatever goes wrong while a file is read and parsed becomes BadInput: one line that names the file."""
     try:
         yield
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from None
-    except BadInput:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:                          # a damaged file makes a parser raise nearly anything
-        raise BadInput(f"{path}: not {expected} ({type(error).__name__}: {error})".splitlines()[0]) from None
+    except BaseException as error:          # a damaged file makes a parser raise nearly anything; Rust panics
+        said = f"not {expected} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        if isinstance(error, BadInput):
+            said = str(error)
+        elif isinstance(error, FileNotFoundError):
+            said = "no such file"
+        elif isinstance(error, OSError):
+            said = f"cannot be read ({error.strerror or error})"
+        with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                said = "is a pointer of Git LFS, in the place of the file; run: git lfs pull"
+        raise BadInput(said if said.startswith(str(path)) else f"{path}: {said}") from None
 
 
 def read_json(path):
     """The JSON object in a file. Raises BadInput."""
     with reading(path, "a JSON object"):
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
+        return dict(json.loads(read_text(path)).items())
+
+
+def read_text(path):
+    """The text of a file. Raises BadInput."""
+    with reading(path, "UTF-8 text"):
+        return Path(path).read_bytes().decode("utf-8-sig")
+
+
+def read_lines(path):
+    """[(number, line)] of the lines of a text that are not blank. Only \\n, or \\r\\n, ends a line."""
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [(i, line.removesuffix("\r")) for i, line in lines if line.strip()]
 
 
 def read_jsonl(path):
     """(line number, object) of each line of a file of JSON objects. Raises BadInput that names the line."""
-    with reading(path, "UTF-8 text"):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
-        with reading(f"{path}, line {number}", "a JSON object"):
-            yield number, dict(json.loads(line).items())
+    for i, line in read_lines(path):
+        with reading(f"{path}, line {i}", "a JSON object of valid Unicode"):
+            row = dict(json.loads(line).items())
+            json.dumps(row, ensure_ascii=False).encode()            # half of an emoji, "\\ud83d", is none
+            yield i, row
 
 
 def check_output(path):

@@ -1,15 +1,16 @@
 """
 The language model: a Llama in plain PyTorch. The network stands first, how a checkpoint is loaded after it.
 
-Every network of this repository (policy, guard, MRM) is this class with other weights. It reads checkpoints
-in the Hugging Face layout: a folder with config.json and *.safetensors. Modules carry the tensor names of
-that layout, so loading needs no table of names.
+Every network of this repository (policy, guard, MRM) is this class with other weights. It reads folders as
+they are on the Hugging Face hub: Llama, Mistral (in the length of its sliding window), Qwen2 and Qwen3.
+Modules carry the tensor names of those, so loading needs no table of names.
 
 Sources:
 - Llama: Touvron et al. 2023, arXiv 2302.13971; Llama 3: Grattafiori et al. 2024, arXiv 2407.21783
 - RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467; SwiGLU: Shazeer 2020, arXiv 2002.05202
 - rotary embedding (RoPE): Su et al. 2021, arXiv 2104.09864
 - grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
+- Mistral: arXiv 2310.06825; Qwen2: arXiv 2407.10671; Qwen3: arXiv 2505.09388
 
 Shapes: B sequences, T tokens each, d = hidden_size, V = vocab_size.
 """
@@ -19,7 +20,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import BadInput, read_json, reading
+from files import BadInput, check_keys, field, read_json, reading
 from tokenizer import Tokenizer
 
 import torch                                    # after files, which says why
@@ -44,6 +45,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None       # None, or Llama 3's scaling
     tie_word_embeddings: bool = False
+    qkv_bias: bool = False                 # Qwen2: q, k and v have a bias
+    qk_norm: bool = False                  # Qwen3: the heads of q and k are normed
     eos_token_ids: tuple = ()              # every id that ends a sequence
     name: str = ""                         # which checkpoint this is, for messages
 
@@ -100,15 +103,20 @@ class Attention(nn.Module):
         d, h = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, h
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = Linear(d, config.num_attention_heads * h)
-        self.k_proj = Linear(d, config.num_key_value_heads * h)
-        self.v_proj = Linear(d, config.num_key_value_heads * h)
+        self.q_proj = Linear(d, config.num_attention_heads * h, config.qkv_bias)
+        self.k_proj = Linear(d, config.num_key_value_heads * h, config.qkv_bias)
+        self.v_proj = Linear(d, config.num_key_value_heads * h, config.qkv_bias)
         self.o_proj = Linear(config.num_attention_heads * h, d)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(h, config.rms_norm_eps), RMSNorm(h, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, cache):                                      # x: (B, T, d)
         split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-        qk = rotate(split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)), cos, sin)
+        qk = split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1))
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
+        if hasattr(self, "q_norm"):                                             # Qwen3
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
         v = split(self.v_proj(x))
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -192,6 +200,7 @@ class Llama(nn.Module):
 
     device = property(lambda self: self.model.norm.weight.device)
     dtype = property(lambda self: self.model.norm.weight.dtype)
+    vocabulary = property(lambda self: self.tokenizer.fingerprint if self.tokenizer else "")
 
     @classmethod
     def load(cls, folder, dtype=torch.float32, device="cpu"):
@@ -214,89 +223,117 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         model.requires_grad_(False)
-        if (folder / "vocab.tiktoken").exists():
+        if (folder / "tokenizer.json").exists():
             model.tokenizer = Tokenizer(folder)
             if model.tokenizer.size > config.vocab_size:
                 raise BadInput(f"{folder}: the vocabulary has {model.tokenizer.size} tokens, "
                                f"config.json says vocab_size = {config.vocab_size}")
-            model.template = model.tokenizer.template("chat")
+            if "chat" in model.tokenizer.texts:
+                model.template = model.tokenizer.template("chat")
         return model
 
 
 # ------------------------------------------------------------------------------------------------------------
 # checkpoints
 
+# What stands in a config.json and changes no number, beside null, false and what is empty.
+NEUTRAL = """architectures model_type _name_or_path torch_dtype dtype transformers_version bos_token_id pad_token_id
+    unk_token_id initializer_range attention_dropout use_cache pretraining_tp max_window_layers layer_types is_decoder
+    tokenizer_class auto_map task_specific_params transformers.js_config unsloth_version unsloth_fixed
+    keys_to_ignore_at_inference _attn_implementation_autoset return_dict id2label label2id max_length""".split()
+
+
 def read_config(folder):
-    """The LlamaConfig of folder/config.json. Raises BadInput for an absent or broken file and for an
-    architecture that is not a plain Llama."""
-    path = Path(folder) / "config.json"
+    """The LlamaConfig of a folder: config.json, and the ids that end a sequence in generation_config.json too.
+    Raises BadInput for an absent or broken file, and for what this Llama does not compute."""
+    path, generation = folder / "config.json", folder / "generation_config.json"
     raw = read_json(path)
-    architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
-    if architecture not in ("LlamaForCausalLM", "llama"):
-        raise BadInput(f"{path}: architecture {architecture!r} is not supported, only LlamaForCausalLM is")
-    for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if raw.get(key, plain) != plain:
-            raise BadInput(f"{path}: {key} = {raw[key]!r} is not supported, only {plain!r} is")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}        # newer files use the first name
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise BadInput(f"{path}: rope type {kind!r} is not supported, only 'default' and 'llama3' are")
-    needed = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    if kind == "llama3" and not needed <= rope.keys():
-        raise BadInput(f"{path}: the rope scaling lacks {', '.join(sorted(needed - rope.keys()))}")
-    eos = raw.get("eos_token_id")
-    try:
+    also = read_json(generation).get("eos_token_id") if generation.exists() else None
+    with reading(path, "the config.json of a language model"):
+        architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
+        family = architecture.removesuffix("ForCausalLM").lower()
+        if family not in ("llama", "mistral", "qwen2", "qwen3") or raw.get("model_type", family) != family:
+            raise BadInput(f"architecture {architecture!r} is not supported, only LlamaForCausalLM, "
+                           "MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are")
+        integer = lambda name, high, default=...: field(raw, name, int, 1, high, default)
+        width, heads = integer("hidden_size", 2 ** 20), integer("num_attention_heads", 2 ** 16)
+        length, window = integer("max_position_embeddings", 2 ** 31), integer("sliding_window", 2 ** 31, None)
+        if window and raw.get("use_sliding_window", family == "mistral"):
+            length = min(length, window)                    # in a shorter text, the window is not in effect
+        scaling, theta = read_rope(raw)
+        kv_heads = integer("num_key_value_heads", 2 ** 16, heads if family == "llama" else ...)
         config = LlamaConfig(
-            **{key: raw[key] for key in (
-                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "max_position_embeddings")},
-            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
-            rope_scaling=rope if kind == "llama3" else None,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            name=raw.get("_name_or_path") or Path(folder).resolve().name)
-    except KeyError as key:
-        raise BadInput(f"{path}: the field {key} is missing") from None
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise BadInput(f"{path}: num_attention_heads is no multiple of num_key_value_heads")
+            vocab_size=integer("vocab_size", 2 ** 24), hidden_size=width,
+            intermediate_size=integer("intermediate_size", 2 ** 20),
+            num_hidden_layers=integer("num_hidden_layers", 1000), num_attention_heads=heads,
+            num_key_value_heads=kv_heads, max_position_embeddings=length,
+            head_dim=integer("head_dim", 2 ** 16, 128 if family == "qwen3" else width // heads),
+            rms_norm_eps=field(raw, "rms_norm_eps", float, 0, 1, 1e-6), rope_theta=theta, rope_scaling=scaling,
+            tie_word_embeddings=field(raw, "tie_word_embeddings", bool, default=False),
+            eos_token_ids=tuple(dict.fromkeys(
+                i for ids in (raw.get("eos_token_id"), also) for i in (ids if isinstance(ids, list) else [ids])
+                if i is not None)),
+            qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+            name=field(raw, "_name_or_path", str, default="") or folder.resolve().name)
+        check_keys(raw, dict.fromkeys([*NEUTRAL, *vars(config), "rope_parameters", "sliding_window", "eos_token_id",
+                                       "use_sliding_window"]) | {"hidden_act": ["silu"]})
+        if heads % kv_heads or config.head_dim % 2:
+            raise BadInput("num_attention_heads is no multiple of num_key_value_heads, or head_dim is odd")
+        for i in config.eos_token_ids:
+            field({"eos_token_id": i}, "eos_token_id", int, 0, config.vocab_size - 1)
     return config
+
+
+def read_rope(raw):
+    """(Llama 3's scaling or None, theta) of a config.json. Newer files have both in `rope_parameters`."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if rope != (raw.get("rope_scaling") or rope):
+        raise BadInput("rope_parameters and rope_scaling are not the same")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    check_keys({"rope type": kind}, {"rope type": ["default", "llama3"]})
+    check_keys(rope, dict.fromkeys(["type", "rope_type", "rope_theta"] + scaling * (kind == "llama3")))
+    return ({key: field(rope, key, float, 1e-9, 1e12) for key in scaling} if kind == "llama3" else None,
+            field(rope, "rope_theta", float, 1, 1e30, field(raw, "rope_theta", float, 1, 1e30, 1e4)))
 
 
 def read_weights(folder, model, dtype, device):
     """(name to tensor, fingerprint) of a checkpoint for this model."""
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    found, first_rows = {}, {}
+    found, first_rows, tied = {}, {}, model.config.tie_word_embeddings
     for path in checkpoint_files(folder):
         for name, tensor in read_tensors(path):
             if name.endswith("rotary_emb.inv_freq"):                         # old files carry what we compute
                 continue
-            if name == "lm_head.weight" and model.config.tie_word_embeddings:   # a copy of the embedding
-                continue
-            if name not in wanted:
-                raise BadInput(f"{path}: tensor {name} does not belong to a Llama of this config.json")
-            if tensor.shape != wanted[name]:
-                raise BadInput(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, "
-                               f"config.json asks for {tuple(wanted[name])}")
-            first_rows[name] = tensor[0].float().numpy().tobytes()              # before rounding to dtype
+            if name not in wanted and not (tied and name == "lm_head.weight"):
+                raise BadInput(f"{path}: tensor {name} does not belong to a model of this config.json")
+            shape = wanted["model.embed_tokens.weight" if tied and name == "lm_head.weight" else name]
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise BadInput(f"{path}: tensor {name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, "
+                               f"config.json asks for {tuple(shape)} of floating point")
+            if name in wanted:
+                first_rows[name] = tensor[0].float().numpy().tobytes()          # before rounding to dtype
             found[name] = tensor.to(device, dtype)
     for name in wanted.keys() - found.keys():
         raise BadInput(f"{folder}: tensor {name} is missing from the safetensors files")
+    head = found.pop("lm_head.weight", None) if tied else None
+    if head is not None and not torch.equal(head, found["model.embed_tokens.weight"]):
+        raise BadInput(f"{folder}: config.json has tie_word_embeddings = true, but lm_head.weight in the "
+                       "safetensors files is not the embedding")
     return found, hashlib.sha256(b"".join(first_rows[name] for name in sorted(found))).hexdigest()[:12]
 
 
 def checkpoint_files(folder):
-    """The safetensors files of a checkpoint: the shards that the index names, or the single file."""
-    index, paths = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
-    if index.exists():
-        with reading(index, "an index with a weight_map from tensor names to file names"):
-            paths = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    for path in paths:
-        if not path.is_file():
-            raise BadInput(f"{path}: no such file")
-    return paths
+    """The safetensors files of a checkpoint: as in transformers the single file, or else the index's shards."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists() or not index.exists():
+        return [single]
+    raw = read_json(index)
+    with reading(index, "an index with a weight_map from tensor names to file names"):
+        names = sorted(set(raw["weight_map"].values()))
+        if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+            raise BadInput("the weight_map names a file that is no safetensors file beside it")
+    return [folder / name for name in names]
 
 
 def read_tensors(path):
@@ -310,18 +347,19 @@ def read_tensors(path):
 # products that are fast on a CPU
 
 class Linear(nn.Module):
-    """y = x Wᵀ, without bias. On a CPU, where no gradient is asked for, by oneDNN on a packed W: with few
+    """y = x Wᵀ, in Qwen2's q, k and v with a bias. On a CPU, where no gradient is asked for, by oneDNN on a packed W: with few
     rows a product costs what reading W costs, and a packed W is read two to three times as fast."""
 
-    def __init__(self, d_in, d_out):
+    def __init__(self, d_in, d_out, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
 
     def forward(self, x):                                                       # (..., d_in)
         if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.device.type != "cpu"
                 or not packable(x.dtype)):
-            return F.linear(x, self.weight)                                     # (..., d_out)
-        return torch.ops.mkldnn._linear_pointwise(x, packed(self.weight), None, "none", [], "")
+            return F.linear(x, self.weight, self.bias)                          # (..., d_out)
+        return torch.ops.mkldnn._linear_pointwise(x, packed(self.weight), self.bias, "none", [], "")
 
 
 def packable(dtype):

@@ -15,10 +15,12 @@ The order is the paper's: the PRM (Section 2), M (4.1), its loss (4.2), V_unseen
 Shapes: n sequences, T tokens, d = hidden_size, V = vocab_size, r = LoRA rank.
 """
 
+import codecs
 import copy
+import dataclasses
 import math
 
-from files import BadInput
+from files import BadInput, field, reading
 
 import torch
 import torch.nn as nn
@@ -47,6 +49,52 @@ class Guard(nn.Module):
         guard; a Guard, whose hidden states can be had, is read through a trie of the search's own."""
         context, suffix = prompt.reward_tokens(self.template), self.template.suffix
         return self.reward(TrieCache(self.llama)([context + reply + suffix for reply in replies]))
+
+
+def score(guard, prompt, replies):
+    """R of n replies by any guard, whose own `score` may give a tensor, an array or a list: (n,). Raises
+    BadInput unless these are n finite numbers."""
+    with reading("the guard's score", f"{len(replies)} numbers"):
+        rewards = torch.as_tensor(guard.score(prompt, replies))
+        if rewards.shape != (len(replies),):
+            raise ValueError(f"shape {tuple(rewards.shape)}")
+    return check_finite(rewards, "the guard gives rewards")
+
+
+def check_finite(values, giving):
+    """The values. giving: who gives what. Raises BadInput for nan, which looks safe as nan < 0 is false, and
+    for infinity."""
+    if not values.isfinite().all():
+        raise BadInput(f"{giving} that are not numbers, or not finite; its weights, or their dtype, are to blame")
+    return values
+
+
+class Bridge:
+    """A guard with another vocabulary than the policy's. It reads the text of the policy's tokens, in tokens of
+    its own: up to the last whole character, and where the reply ends, with its own end of sequence."""
+
+    def __init__(self, policy, guard):
+        self.policy, self.guard = policy, guard
+
+    def tokens(self, tokens):
+        """The policy's tokens as the guard's."""
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(
+            b"".join(map(self.policy.tokenizer.token_bytes, tokens)))               # half a character: not yet
+        ended = tokens and tokens[-1] in self.policy.config.eos_token_ids
+        return self.guard.llama.tokenizer.encode(text) + [*self.guard.llama.config.eos_token_ids[:ended]]
+
+    def prompt(self, prompt):
+        return dataclasses.replace(prompt, user=self.tokens(prompt.user), prefill=self.tokens(prompt.prefill))
+
+    def score(self, prompt, replies):
+        """As Guard.score."""
+        return self.guard.score(self.prompt(prompt), [self.tokens(reply) for reply in replies])
+
+
+def bridged(policy, guard):
+    """The guard as this policy's searches can ask it: itself, or where its vocabulary is another, a Bridge."""
+    other = isinstance(guard, Guard) and guard.llama.vocabulary not in ("", policy.vocabulary)
+    return Bridge(policy, guard) if other else guard
 
 
 def llama_guard(llama):
@@ -136,18 +184,16 @@ class LoRALinear(nn.Module):
 def add_lora(llama, rank, alpha, targets, first_layer=0):
     """A copy of `llama` with LoRA on the target projections of layers first_layer and up. All frozen weights
     are shared with the original, not copied. A is drawn from torch's global generator. Raises BadInput for a
-    rank below 1, a layer that is not there and a projection that no Llama has."""
-    layers = llama.config.num_hidden_layers
-    for what, value, ok, allowed in (
-            ("rank", rank, rank >= 1, "at least 1"),
-            ("first layer", first_layer, 0 <= first_layer < layers, f"between 0 and {layers - 1}"),
-            ("targets", targets, targets and set(targets) <= set(PROJECTIONS),
-             f"some of {', '.join(PROJECTIONS)}")):
-        if not ok:
-            raise BadInput(f"LoRA's {what} cannot be {value}: it must be {allowed}")
+    rank that is none, a layer that is not there and targets that are not projections of a Llama."""
+    layers, given = llama.config.num_hidden_layers, locals()
+    field(given, "rank", int, 1, llama.config.hidden_size)
+    field(given, "alpha", float, 0, 1e6)
+    field(given, "first_layer", int, 0, layers - 1)
+    if not targets or not set(targets) <= set(PROJECTIONS):
+        raise BadInput(f"LoRA's targets cannot be {targets}: expected some of {', '.join(PROJECTIONS)}")
     llama = shallow_copy(llama)
     for block in llama.model.layers[first_layer:]:
-        for name in targets:
+        for name in dict.fromkeys(targets):
             part = part_of(block, name)
             setattr(part, name, LoRALinear(getattr(part, name), rank, alpha))
     return llama

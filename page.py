@@ -28,13 +28,14 @@ def tree(result, prompt, policy, mrm):
     parent, token   -1 and None for the prompt
     first, last     the first and last step (frontier of the trace, from 1) of which the prefix was a part
     given_back      the step in which the policy's trie gave back its slot, or None
-    reward          M(s)_a of the node's token a after its parent's prefix s, whichever search it was
+    reward          M(s)_a of the node's token a after its parent's prefix s, whichever search it was, or
+                    None where no MRM is at hand, here and in all of this
     found           the reward that the search itself used, or None (also where it is not finite)
     p               π(a | s), at temperature 1
     policy, mrm     the favourite next tokens: [[token, π], ...] and [[token, M], ...], V_unseen included
     """
     new = lambda parent, token, step: {"parent": parent, "token": token, "first": step, "last": step,
-                                       "given_back": None, "found": None, "reward": 0.0, "p": 1.0}
+                                       "given_back": None, "found": None, "reward": None, "p": 1.0, "mrm": []}
     nodes, index = [new(-1, None, 0)], {}                               # index: (parent, token) -> node
     for step, frontier in enumerate(result.trace, 1):
         nodes[0]["last"] = step
@@ -66,15 +67,17 @@ def tree(result, prompt, policy, mrm):
 def add_numbers(nodes, prompt, policy, mrm):
     """Add to the nodes of `tree`: reward, p, policy and mrm."""
     of_policy = read(policy, prompt.policy_tokens(policy.template), nodes)
-    of_mrm = read(mrm.llama, prompt.reward_tokens(mrm.template), nodes)
+    of_mrm = read(mrm.llama, prompt.reward_tokens(mrm.template), nodes) if mrm else None
+    cents = lambda x: round(x, 2)
     for start in range(0, len(nodes), ROWS):
-        p = policy.logits(of_policy[start:start + ROWS]).float().softmax(-1)            # (rows, V)
-        m = mrm.next_rewards(of_mrm[start:start + ROWS]).float()                        # (rows, V)
-        for node in nodes[1:]:
-            if start <= node["parent"] < start + ROWS:
-                node["reward"] = round(m[node["parent"] - start, node["token"]].item(), 2)
-                node["p"] = short(p[node["parent"] - start, node["token"]].item())
-        for name, values, rounded in (("policy", p, short), ("mrm", m, lambda x: round(x, 2))):
+        rows = slice(start, start + ROWS)
+        numbers = [("p", "policy", policy.logits(of_policy[rows]).float().softmax(-1), short)]  # (rows, V)
+        if mrm:
+            numbers.append(("reward", "mrm", mrm.next_rewards(of_mrm[rows]).float(), cents))    # (rows, V)
+        for own, name, values, rounded in numbers:
+            for node in nodes[1:]:
+                if start <= node["parent"] < start + ROWS:
+                    node[own] = rounded(values[node["parent"] - start, node["token"]].item())
             top = values.topk(FAVOURITES)
             for node, tokens, best in zip(nodes[start:], top.indices.tolist(), top.values.tolist()):
                 node[name] = [[a, rounded(x)] for a, x in zip(tokens, best)]
@@ -95,7 +98,7 @@ def write_page(path, trees, prompt, prefill, policy, mrm):
     data = {"prompt": prompt, "prefill": prefill, "trees": trees, "eos": list(policy.config.eos_token_ids),
             # A token is any bytes, not always text: here, a character stands for each.
             "tokens": {a: policy.tokenizer.token_bytes(a).decode("latin-1") for a in sorted(used)},
-            "unseen": [a for a in sorted(used) if mrm.unseen[a]]}
+            "unseen": [a for a in sorted(used) if mrm and mrm.unseen[a]]}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c")                                 # no tag can begin in it
     write_file(path, TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", text))

@@ -16,17 +16,18 @@ import json
 import sys
 from pathlib import Path
 
-from files import BadInput, Parser, check_output, run
+from files import BadInput, Parser, check_output, printable, run
 
 import torch
 
 import page
 from adapters import DEFAULT, load_guard, load_llama, load_mrm
-from engine import check_vocabulary
+from engine import check_options, check_vocabulary
 from model import DTYPES
+from mrm import bridged, score
 from saffron import PREFILL, PROMPT
 from search import SEARCHES, describe
-from tokenizer import printable, read_prompts
+from tokenizer import read_prompts
 
 SIDE_BY_SIDE = 16                   # so many prompts of a file share a forward pass
 
@@ -49,6 +50,7 @@ def parse_arguments():
     add("--trace", action="store_true", help="show the tree of branches; with --json, all frontiers")
     add("--html", metavar="FILE", type=Path, help="write a page that shows the search, of one prompt")
     args = parser.parse_args()
+    check_options(vars(args))
     args.example = args.prompt is None
     if args.example:
         args.prompt, args.prefill = PROMPT, args.prefill or PREFILL
@@ -74,9 +76,8 @@ def add_model_options(add):
     """The options of all commands that search."""
     add("--policy", default=DEFAULT, metavar="DIR", help="a Llama checkpoint with its vocabulary")
     add("--mrm_base", default=DEFAULT, metavar="DIR", help="the Llama that MRM and guard are adapters of")
-    for name, other in (("mrm", "a released MRM's folder"), ("guard", "a Llama Guard's folder")):
-        path = DEFAULT / f"{name}.safetensors"
-        add(f"--{name}", default=path, metavar="PATH", help=f"an adapter, or {other}")
+    add("--mrm", metavar="PATH", help="an adapter, or a released MRM's folder")
+    add("--guard", metavar="PATH", help="an adapter, or a Llama Guard's folder, of whatever vocabulary")
     add("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     add("--dtype", choices=DTYPES, default="float32")
 
@@ -85,14 +86,17 @@ def load_models(args, methods):
     """The policy, the base of the adapters, the guard, and {method: the reward model that it takes}."""
     policy = base = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     if policy.tokenizer is None:
-        raise BadInput(f"{args.policy} has no vocab.tiktoken; data/smollm2/prepare.py shows how to write one")
+        raise BadInput(f"{args.policy} has no tokenizer.json; data/hub/prepare.py fetches all that is needed")
+    kinds = {method: SEARCHES[method].reward_model for method in methods}
+    models, own = {None: None, "guard": None}, Path(args.policy).resolve() != DEFAULT
+    if own and args.guard is None and not any(kinds.values()):          # nobody is asked for a verdict
+        return policy, policy, None, dict.fromkeys(methods)
     if Path(args.mrm_base).resolve() != Path(args.policy).resolve():
         base = load_llama(args.mrm_base, policy.dtype, policy.device)
-        check_vocabulary(policy, base)
-    kinds = {method: SEARCHES[method].reward_model for method in methods}
-    models = {None: None, "guard": load_guard(args.guard, base)}
     if "mrm" in kinds.values():
-        models["mrm"] = load_mrm(args.mrm, base)
+        check_vocabulary(policy, base)
+        models["mrm"] = load_mrm(args.mrm or DEFAULT / "mrm.safetensors", base)
+    models["guard"] = bridged(policy, load_guard(args.guard or DEFAULT / "guard.safetensors", base))
     return policy, base, models["guard"], {method: models[kind] for method, kind in kinds.items()}
 
 
@@ -107,7 +111,7 @@ def ask(method, policy, reward_model, guard, prompts, args):
         for text, prompt, result in zip(args.prompts[start:], batch, results):
             answer = {"prompt": text, "prefill": args.prefill, "safety": method, "text": result.text,
                       "tokens": result.tokens, "finished": result.finished, "reward": result.reward,
-                      "guard": guard.score(prompt, [result.tokens]).item(),
+                      "guard": guard and score(guard, prompt, [result.tokens]).item(),
                       "stats": dataclasses.asdict(result.stats)}
             if args.trace:
                 answer["frontiers"] = [[branch.tokens for branch in frontier] for frontier in result.trace]
@@ -119,11 +123,13 @@ def main():
     methods = list(SEARCHES) if args.compare else [args.safety]
     if args.example and not args.json and args.safety != "none" and not args.compare:
         methods = ["none", args.safety]                     # a newcomer sees what there is to defend against
-    # The page shows what the MRM makes of every search.
-    policy, _, guard, reward_models = load_models(args, [*methods, "saffron"] if args.html else methods)
+    # The page shows what the MRM makes of every search, where there is one.
+    shown = [*methods, "saffron"] if args.html and (args.mrm or Path(args.policy).resolve() == DEFAULT) else methods
+    policy, _, guard, reward_models = load_models(args, shown)
+    mrm = reward_models.get("saffron")
     prompts = [policy.tokenizer.prompt(text, args.prefill, args.hide_prefill) for text in args.prompts]
     if not args.json:
-        print(f"model:   {policy.config.name}")
+        print(f"model:   {printable(policy.config.name)}")
     answers, trees = {method: [] for method in methods}, []
     for method in methods:
         print(f"searching: {method} ...", file=sys.stderr)
@@ -133,21 +139,23 @@ def main():
             if not args.json:
                 show(answer, result, policy.tokenizer, args, method == methods[0] or len(prompts) > 1)
             if args.html:
-                tree = page.tree(result, prompts[0], policy, reward_models["saffron"])
+                tree = page.tree(result, prompts[0], policy, mrm)
                 trees.append({"name": method, "title": title, "verdict": verdict, **tree})
     if args.json:
         for of_a_prompt in zip(*answers.values()):
             print(json.dumps(dict(zip(methods, of_a_prompt)) if args.compare else of_a_prompt[0]))
     if args.html:
-        page.write_page(args.html, trees, args.prompts[0], args.prefill, policy, reward_models["saffron"])
+        page.write_page(args.html, trees, args.prompts[0], args.prefill, policy, mrm)
         print(f"wrote {args.html}: open it in a browser", file=sys.stderr)
 
 
 def captions(answer, args):
     """What stands above a reply, and what is said of it below."""
-    verdict = f"guard's reward {answer['guard']:+.2f} ({'unsafe' if answer['guard'] < 0 else 'safe'})"
     length = f"{len(answer['tokens'])} tokens{'' if answer['finished'] else ' (cut off)'}"
     width = "" if answer["safety"] == "none" else f", width {args.width}"
+    if answer["guard"] is None:
+        return answer["safety"] + width, f"no guard was asked, {length}"
+    verdict = f"guard's reward {answer['guard']:+.2f} ({'unsafe' if answer['guard'] < 0 else 'safe'})"
     return answer["safety"] + width, f"{verdict}, {length}"
 
 

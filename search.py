@@ -40,8 +40,8 @@ from files import BadInput
 
 import torch
 
-from engine import Ask, Branch, check_numbers, search_with
-from mrm import MRM
+from engine import Ask, Branch, search_with
+from mrm import MRM, check_finite
 
 REBASE_TEMPERATURE = 1.0        # R is the log-odds of "safe": at 1, shares are in proportion to the odds
 DEAL_LOOK_AHEAD, DEAL_LAMBDA = 4, 1.0
@@ -277,8 +277,7 @@ def extend(policy, branch, token, log_p=0.0):
 
 def rewarded(branches, rewards):
     """The branches, each with its reward: (m,). Raises BadInput for rewards that are not numbers."""
-    check_numbers(rewards, "the reward model gives rewards")
-    for branch, reward in zip(branches, rewards.tolist()):
+    for branch, reward in zip(branches, check_finite(rewards, "the reward model gives rewards").tolist()):
         branch.reward = reward
     return branches
 
@@ -287,7 +286,7 @@ def next_logits(policy, hidden, length, min_new_tokens):
     """The policy's scores of the next token, in float32 at least: (n, d) -> (n, V). End-of-sequence has −∞
     while the replies' length is below min_new_tokens. Raises BadInput for scores that are not numbers."""
     logits = policy.logits(hidden)
-    check_numbers(logits.amax(-1), f"{policy.config.name} gives scores")      # amax is quick, and keeps a nan
+    check_finite(logits.amax(-1), f"{policy.config.name} gives scores")       # amax is quick, and keeps a nan
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if length < min_new_tokens:
         logits[:, list(policy.config.eos_token_ids)] = -math.inf

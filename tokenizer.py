@@ -1,21 +1,30 @@
 """
-Text to tokens and back: byte-pair encoding on a local vocabulary, and the texts that stand around a
+Text to tokens and back: byte-pair encoding on a local tokenizer.json, and the texts that stand around a
 conversation.
 
 Byte-pair encoding: Sennrich et al. 2016, arXiv 1508.07909. tiktoken does it; nothing is downloaded.
 """
 
-import base64
 import codecs
+import dataclasses
 import hashlib
+import json
+import re
 import sys
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2.sandbox
 import tiktoken
 
-from files import BadInput, read_json, reading
+from files import BadInput, check_keys, field, read_json, read_lines, read_text, reading
+
+# GPT-2's pre-tokenizer, and the same of text from which digits were split off before, one by one or in rows.
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+AFTER_DIGITS = r"|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+BLANKS = 100_000                # in a row, at most: at several times as many, tiktoken's stack overflows
+MARKER = "saffron's user"       # stands for the user's text while a chat_template is rendered
 
 
 @dataclass
@@ -24,7 +33,7 @@ class Template:
     in words reads the suffix after that."""
     prefix: list
     infix: list
-    suffix: list = field(default_factory=list)
+    suffix: list = dataclasses.field(default_factory=list)
 
     def __call__(self, user, reply=()):
         return [*self.prefix, *user, *self.infix, *reply]
@@ -38,7 +47,7 @@ class Prompt:
     hide_prefill is set. It is never part of a result's tokens.
     """
     user: list
-    prefill: list = field(default_factory=list)
+    prefill: list = dataclasses.field(default_factory=list)
     hide_prefill: bool = False
 
     def policy_tokens(self, template):
@@ -49,50 +58,76 @@ class Prompt:
 
 
 class Tokenizer:
-    """Byte-pair encoding on the vocabulary of a folder.
+    """Byte-level byte-pair encoding, as a folder's tokenizer.json has it (Hugging Face's format).
 
-    It holds vocab.tiktoken (one line for each token: base64 of its bytes, its rank) and
-    tokenizer_config.json, of which these fields are read: `pattern` (the pre-tokenizer's regular expression),
-    `special_tokens` (text to id) and `templates` (name to {"prefix": text, "infix": text}, in which control
-    tokens count as such). Raises BadInput when one of the files is absent or broken.
+    Beside it are read, where they are there: tokenizer_config.json (bos_token, chat_template),
+    chat_template.jinja, which wins over that, and templates.json, which is ours and wins over both. Raises
+    BadInput for what is broken, and for a tokenizer that would give other tokens here than there.
     """
 
     def __init__(self, folder):
-        path, self.path = Path(folder) / "vocab.tiktoken", Path(folder) / "tokenizer_config.json"
-        config = read_json(self.path)
-        for name in ("special_tokens", "templates", "pattern"):
-            if name not in config:
-                raise BadInput(f"{self.path}: the field {name} is missing")
-        with reading(path, "a readable vocabulary"):
-            data = path.read_bytes()
-            lines = map(bytes.split, data.splitlines())
-            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-            self.special, self.templates = dict(config["special_tokens"]), config["templates"]
-            self.size = max(*ranks.values(), *self.special.values()) + 1
-            # tiktoken stops the program at a byte that has no token (SmolLM2 lacks 21 that are rare or no
-            # UTF-8): such a byte gets an id beyond the vocabulary here, and `encode` leaves it out.
-            absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-            ranks |= {byte: self.size + i for i, byte in enumerate(absent)}
-            self.encoding = tiktoken.Encoding(path.stem, pat_str=config["pattern"], mergeable_ranks=ranks,
-                                              special_tokens=self.special)
-        self.fingerprint = hashlib.sha256(data).hexdigest()[:12]        # equal for equal vocabularies
-        self.control = set(self.special.values())
+        self.folder, path = Path(folder), Path(folder) / "tokenizer.json"
+        raw = read_json(path)
+        with reading(path, "a byte-level BPE tokenizer"):
+            model, added = raw["model"], raw.get("added_tokens") or []
+            check_keys(raw, {"decoder": None, "normalizer": None, "pre_tokenizer": None, "added_tokens": None,
+                             "model": None, "post_processor": None, "version": None, "padding": None, "truncation": None})
+            check_keys(model, {"type": ["BPE"], "vocab": None, "merges": None, "ignore_merges": None,
+                               "unk_token": None, "fuse_unk": None})
+            self.normalize, pattern = read_splitting(raw)
+            self.special = {}                                                   # text to id
+            for token in added:
+                check_keys(token, {"id": None, "content": None, "special": None, "normalized": None})
+                self.special[field(token, "content", str)] = field(token, "id", int, 0, 2 ** 31)
+            ids = {to_bytes(text): field(model["vocab"], text, int, 0, 2 ** 31)
+                   for text in model["vocab"] if text not in self.special}
+            self.bytes = {i: token for token, i in ids.items()}
+            if (min(map(len, [*ids, *self.special])) < 1
+                    or len({*ids.values(), *self.special.values()}) < len(ids) + len(added)):
+                raise BadInput("a token is empty, or two tokens have one text or one id")
+            # Added tokens that are not special, such as <think>, are shown as text.
+            self.bytes |= {token["id"]: token["content"].encode() for token in added if not token.get("special")}
+            # tiktoken wants ranks in the order of merging, and an id need not be its rank. Bytes come first
+            # (a few have no id in some vocabularies), then each token with the first merge that makes it. A
+            # token that no merge makes is found only where whole words are looked up first.
+            merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+            order = [*(bytes([b]) for b in range(256)), *(to_bytes(a + b) for a, b in merges),
+                     *(ids if model.get("ignore_merges") else [])]
+            ranks = {token: rank for rank, token in enumerate(dict.fromkeys(order))}
+            if ranks.keys() - ids.keys() - {*order[:256]}:
+                raise BadInput("a merge makes a token that is not in the vocabulary")
+            self.ids = [ids.get(token) for token in ranks]                      # of each rank
+            self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self.control = set(self.special.values())
+            self.size = 1 + max(*ids.values(), *self.special.values())
+        meaning = [pattern, sorted(self.special.items()), [token.hex() for token in ranks], self.ids]
+        self.fingerprint = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:12]    # of equal ones equal
+        self.texts = read_templates(self.folder)
 
     def encode(self, text):
         """Token ids of plain text: what looks like a control token is ordinary text here. Bytes that have no
-        token are left out. Raises BadInput for text with unpaired surrogates, which is not Unicode."""
+        token are left out. Raises BadInput for text that is no valid Unicode, and for endless blanks."""
+        text = self.normalize(text)
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise BadInput("the text is not valid Unicode: it has unpaired surrogates")
-        return [token for token in self.encoding.encode_ordinary(text) if token < self.size]
+        if re.search(rf"\s{{{BLANKS}}}", text):
+            raise BadInput(f"the text has {BLANKS} blanks in a row or more")
+        ranks = self.encoding.encode_ordinary(text)
+        if len(self.encoding.decode_bytes(ranks)) < len(text.encode()):
+            raise BadInput(f"{self.folder}: its pre-tokenizer's pattern leaves out a part of the text")
+        return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
 
     def template(self, name):
-        """The Template of that name. Its texts are the repository's own, so control tokens are allowed."""
-        try:
-            parts = {"suffix": ""} | self.templates[name]
-            texts = [parts[part] for part in ("prefix", "infix", "suffix")]
-        except (KeyError, TypeError):
-            raise BadInput(f"{self.path}: no template {name!r} with a prefix and an infix") from None
-        return Template(*(self.encoding.encode(text, allowed_special="all") for text in texts))
+        """The Template of that name. Its texts are the checkpoint's own, so control tokens count as such."""
+        if name not in self.texts:
+            raise BadInput(f"{self.folder}: no template {name!r}; expected a chat_template in tokenizer_config"
+                           ".json or chat_template.jinja, or the template in templates.json")
+        control = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)"
+        tokens = lambda text: [token for i, part in enumerate(re.split(f"({control})", text))
+                               for token in ([self.special[part]] if i % 2 else self.encode(part))]
+        with reading(self.folder, f"a folder whose template {name!r} has a prefix and an infix"):
+            parts = {"suffix": ""} | self.texts[name]
+            return Template(*(tokens(parts[part]) for part in ("prefix", "infix", "suffix")))
 
     def prompt(self, user, prefill="", hide_prefill=False):
         """A Prompt, tokenized piece by piece. Raises BadInput for an empty text."""
@@ -102,13 +137,12 @@ class Tokenizer:
         return prompt
 
     def decode(self, tokens):
-        """The text of token ids, without control tokens; bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return "".join(self.pieces(tokens))
 
     def token_bytes(self, token):
-        """The bytes that a token stands for: none for a control token, nor for one that pads the head."""
-        silent = token in self.control or token >= self.size
-        return b"" if silent else self.encoding.decode_single_token_bytes(token)
+        """The bytes that a token stands for: none for a special token, nor for one that pads the head."""
+        return self.bytes.get(token, b"")
 
     def pieces(self, tokens):
         """The text that each token adds; joined, the pieces are the whole text. A character whose bytes are
@@ -119,22 +153,75 @@ class Tokenizer:
         return pieces[:-1] + [pieces[-1] + tail] if pieces else pieces
 
 
+def to_bytes(text):
+    """The bytes of a token in tokenizer.json, where a printable character stands for each byte: itself, or
+    one from U+0100 on."""
+    return bytes(map(BYTE_OF.__getitem__, text))
+
+
+SELF = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [b for b in range(256) if b not in SELF]
+BYTE_OF = {chr(b): b for b in SELF} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
+
+
+def read_splitting(raw):
+    """(normalizer, the regular expression that splits text into words) of a tokenizer.json."""
+    form, split = raw.get("normalizer"), raw["pre_tokenizer"]
+    check_keys(form or {}, {"type": ["NFC"]})
+    check_keys(raw["decoder"], {"type": ["ByteLevel"], "add_prefix_space": None, "trim_offsets": None, "use_regex": None})
+    *first, last = split["pretokenizers"] if split["type"] == "Sequence" else [split]
+    check_keys(last, {"type": ["ByteLevel"], "trim_offsets": None, "use_regex": None})
+    kinds, pattern = [part["type"] for part in first] + [last.get("use_regex", True)], GPT2
+    if kinds == ["Digits", True]:
+        check_keys(first[0], {"type": None, "individual_digits": None})
+        pattern = (r"\p{N}" if first[0]["individual_digits"] else r"\p{N}+") + AFTER_DIGITS
+    elif kinds == ["Split", False]:
+        check_keys(first[0], {"type": None, "pattern": None, "behavior": ["Isolated"]})
+        pattern = field(first[0]["pattern"], "Regex", str)
+    elif kinds != [True]:
+        raise BadInput(f"pre_tokenizer = {json.dumps(split)[:200]} is not supported; expected ByteLevel with its own "
+                       "pattern, one Split and ByteLevel without, or Digits and ByteLevel")
+    return (lambda text: unicodedata.normalize("NFC", text)) if form else str, pattern
+
+
+def read_templates(folder):
+    """{"chat": {"prefix": text, "infix": text}, "reward": ...} of a folder; "chat" only where it has one. The
+    chat_template is rendered once, around a marker in the place of the user's text."""
+    path, jinja, ours = (folder / name for name in ("tokenizer_config.json", "chat_template.jinja", "templates.json"))
+    config = read_json(path) if path.exists() else {}
+    with reading(path, "a tokenizer's configuration"):
+        check_keys({"add_prefix_space": config.get("add_prefix_space")}, {})
+        special = {key: value if isinstance(value, str) else field(value, "content", str)
+                   for key, value in config.items() if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value}
+        texts = {"reward": {"prefix": special.get("bos_token", "") + "\n\nUser:", "infix": "\n\nAgent:"}}
+        source = config.get("chat_template")
+        if isinstance(source, list):
+            source = {one["name"]: one["template"] for one in source}["default"]
+    if jinja.exists():
+        path, source = jinja, read_text(jinja)
+    if source:
+        with reading(path, "a chat template"):
+            environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+            text = environment.from_string(source).render(
+                messages=[{"role": "user", "content": MARKER}], add_generation_prompt=True, enable_thinking=False,
+                **special)
+            if text.count(MARKER) != 1:
+                raise BadInput("the chat_template does not give the user's text back once")
+            texts["chat"] = dict(zip(("prefix", "infix"), text.split(MARKER)))
+    return texts | (read_json(ours) if ours.exists() else {})
+
+
 def read_prompts(prompt):
     """The prompts that an argument stands for: itself, with - all of standard input, with FILE:path one a
     line. Raises BadInput for a file that has none or is no text."""
     path = prompt.removeprefix("FILE:")
-    if prompt not in ("-", f"FILE:{path}"):
-        return [prompt]
-    with reading(f"--prompt {prompt}", "UTF-8"):
-        text = (sys.stdin.buffer.read() if prompt == "-" else Path(path).read_bytes()).decode("utf-8")
     if prompt == "-":
-        return [text.rstrip("\n")]
-    lines = [line for line in text.splitlines() if line.strip()]
+        with reading("standard input", "UTF-8 text"):
+            return [sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")]
+    if prompt != f"FILE:{path}":
+        return [prompt]
+    lines = [line for _, line in read_lines(path)]
     if not lines:
         raise BadInput(f"--prompt {prompt}: expected one prompt a line, but the file is empty")
     return lines
-
-
-def printable(text):
-    """Without control characters that a terminal would obey: a model may write any byte."""
-    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)

@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from files import BadInput, Parser, at_least_1, check_output, reading, run, write_file
+from files import BadInput, Parser, check_output, number, reading, run, write_file
 
 import numpy as np
 import torch
@@ -201,7 +201,9 @@ def run_identity(args):
 def load_data(args, llama):
     """(training examples, held-out examples). Raises BadInput when there are none."""
     if llama.tokenizer is None:
-        raise BadInput(f"{args.base} has no vocab.tiktoken; data/smollm2/prepare.py shows how to write one")
+        raise BadInput(f"{args.base} has no tokenizer.json; data/hub/prepare.py fetches all that is needed")
+    if not llama.config.eos_token_ids:
+        raise BadInput(f"{args.base} has no eos_token_id, so no reply of the data would end")
     if args.objective == "guard":
         read = lambda name, length: read_labels(Path(args.data) / name, llama, args.max_prompt, length)
         training, held_out = read("train.jsonl", args.max_reply), read("val.jsonl", WHOLE_REPLY)
@@ -262,6 +264,8 @@ def train(args):
         check_output(out)
     llama = load_llama(args.base, torch.float64 if args.dtype == "float64" else torch.float32, args.device)
     training, held_out = load_data(args, llama)
+    if args.first_layer is None:
+        args.first_layer = llama.config.num_hidden_layers // 3
     of_guard = args.objective == "guard"
     loss_of, validate = (guard_loss, validate_guard) if of_guard else (mrm_loss, validate_mrm)
     first = not dist.is_initialized() or dist.get_rank() == 0          # the process that validates and writes
@@ -357,30 +361,30 @@ def main():
     add("--data", required=True, help="the folder that data/safety_labels or data/safety_rewards prepared")
     add("--out", required=True, help="the adapter file to write")
     add("--base", default="data/smollm2", help="the Llama to put LoRA on")
-    add("--rank", type=at_least_1, default=8)
-    add("--alpha", type=float, default=16)
+    add("--rank", type=number(1), default=8)
+    add("--alpha", type=number(0, 1e6, float), default=16)
     add("--targets", default="q_proj,v_proj", help="the projections that get LoRA")
-    add("--first_layer", type=int, default=10, help="the first layer that gets LoRA")
-    add("--steps", type=at_least_1, default=1000)
-    add("--batch_size", type=at_least_1, default=8, help="replies a step")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--weight_decay", type=float, default=0.0)
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--max_prompt", type=at_least_1, default=64, help="guard: tokens kept of a prompt, the last ones")
-    add("--max_reply", type=at_least_1, default=64, help="guard: tokens kept of a reply, the first ones")
+    add("--first_layer", type=number(0), help="the first layer that gets LoRA (default: a third of them)")
+    add("--steps", type=number(1), default=1000)
+    add("--batch_size", type=number(1), default=8, help="replies a step")
+    add("--lr", type=number(0, 10, float), default=1e-3, help="peak learning rate")
+    add("--weight_decay", type=number(0, 10, float), default=0.0)
+    add("--clip", type=number(1e-9, 1e9, float), default=1.0, help="largest norm of the gradient")
+    add("--max_prompt", type=number(1), default=64, help="guard: tokens kept of a prompt, the last ones")
+    add("--max_reply", type=number(1), default=64, help="guard: tokens kept of a reply, the first ones")
     add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
     add("--guard", metavar="PATH", help="MRM: refuse rewards that another guard has given than this one")
-    add("--min_count", type=int, default=1, help="MRM: a token counts as seen from so many occurrences on")
-    add("--accumulate", type=at_least_1, default=1, help="pieces of a process' part of a batch: less memory")
+    add("--min_count", type=number(1), default=1, help="MRM: a token counts as seen from so many occurrences on")
+    add("--accumulate", type=number(1), default=1, help="pieces of a process' part of a batch: less memory")
     add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="bfloat16: products in"
         " it, weights in float32; faster where the hardware multiplies in it")
-    add("--eval_every", type=at_least_1, default=200)
-    add("--eval_replies", type=at_least_1, default=400, help="replies of each validation but the last")
-    add("--log_every", type=at_least_1, default=20)
-    add("--stop_after", type=at_least_1, help="stop after this step, with a checkpoint")
+    add("--eval_every", type=number(1), default=200)
+    add("--eval_replies", type=number(1), default=400, help="replies of each validation but the last")
+    add("--log_every", type=number(1), default=20)
+    add("--stop_after", type=number(1), help="stop after this step, with a checkpoint")
     add("--resume", action="store_true", help="go on from the checkpoint beside --out")
     add("--validate", action="store_true", help="do not train: validate the adapter at --out")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(0, 2 ** 63 - 1), default=0)
     add("--device", default="cpu")
     args = parser.parse_args()
     args.command = "python " + shlex.join(["train_mrm.py", *sys.argv[1:]])

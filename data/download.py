@@ -105,10 +105,21 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hub_file(repository, name, path):
+def hub_token():
+    """HF_TOKEN, or None. Raises BadInput, which does not show it, for one that cannot be sent."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise BadInput("HF_TOKEN has characters that no token has; expected one word such as hf_...")
+    return token or None
+
+
+def hub_file(repository, name, path, revision="main"):
     """Download one file of a hub repository ("OWNER/NAME", of data sets "datasets/OWNER/NAME"). Raises as `fetch`."""
-    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}"
-    return fetch(f"{page}/resolve/main/{urllib.parse.quote(name)}", path, os.environ.get("HF_TOKEN"), page)
+    server = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if urllib.parse.urlsplit(server).scheme not in ("http", "https"):
+        raise BadInput(f"HF_ENDPOINT = {server!r}: expected an address such as https://huggingface.co")
+    page, quote = f"{server.rstrip('/')}/{repository}", urllib.parse.quote
+    return fetch(f"{page}/resolve/{quote(revision, safe='')}/{quote(name)}", path, hub_token(), page)
 
 
 def hub_rows(dataset, config, split, folder, server=ROWS_SERVICE):
@@ -119,7 +130,7 @@ def hub_rows(dataset, config, split, folder, server=ROWS_SERVICE):
         query = urllib.parse.urlencode({"dataset": dataset, "config": config, "split": split, "offset": offset,
                                         "length": ROWS_A_PAGE})
         path = Path(folder) / f"{split}-{offset:06d}.json"
-        token = os.environ.get("HF_TOKEN") if server == ROWS_SERVICE else None
+        token = hub_token() if server == ROWS_SERVICE else None
         fetch(f"{server.rstrip('/')}/rows?{query}", path, token, f"https://huggingface.co/datasets/{dataset}")
         page = read_json(path)
         try:

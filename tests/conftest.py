@@ -21,7 +21,7 @@ from adapters import load_adapter, load_released_mrm    # noqa: E402
 from model import Llama                         # noqa: E402
 from mrm import Guard                           # noqa: E402
 from search import SEARCHES                     # noqa: E402
-from tokenizer import Template                  # noqa: E402
+from tokenizer import BYTE_OF, Template                  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -145,6 +145,28 @@ def public_data():
     if not folder:
         pytest.skip("SAFFRON_DATA does not name a folder with the public data sets")
     return Path(folder)
+
+
+def spelled(tokenizer, tokens):
+    """The text of tokens, that of control tokens included."""
+    names = {i: text for text, i in tokenizer.special.items()}
+    return "".join(names.get(token) or tokenizer.decode([token]) for token in tokens)
+
+
+def write_tokenizer(folder, byte_ids, control, pattern=r"\S+|\s+", bos=""):
+    """A tokenizer of single bytes in a folder: byte_ids[b] is the id of byte b; control: text to id."""
+    letters = {b: letter for letter, b in BYTE_OF.items()}
+    write_json(folder / "tokenizer.json", {
+        "added_tokens": [{"id": i, "content": text, "special": True} for text, i in control.items()],
+        "normalizer": None, "decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]},
+        "model": {"type": "BPE", "merges": [], "vocab": {letters[b]: i for b, i in byte_ids.items()}}})
+    write_json(folder / "tokenizer_config.json", {"bos_token": bos, "chat_template": bos + "{{ messages[0].content }}\n"})
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def run_script(script, *args, stdin=""):

@@ -77,7 +77,7 @@ def test_a_new_policy_needs_a_folder_only(smollm2_folder, monkeypatch, capsys, t
     torch.manual_seed(0)
     model = Llama(read_config(tmp_path))
     save_file({name: torch.randn_like(p) for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
-    for name in ("vocab.tiktoken", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SMOLLM2 / name, tmp_path / name)
     call(monkeypatch, sample.main, "--policy", tmp_path, "--prompt", "Hello", "--max_new_tokens", 3, "--json")
     answer = json.loads(capsys.readouterr().out)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, spelled
 from safetensors.torch import load_file, save_file
 
 from files import BadInput
@@ -152,7 +152,7 @@ def test_wrong_tensors_are_named(checkpoint, changes, tensors, said):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+    ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
     ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"attention_bias": True}, "attention_bias"),
@@ -202,7 +202,7 @@ def test_user_text_never_becomes_a_control_token(tokenizer):
 def test_templates(tokenizer):
     chat, reward = tokenizer.template("chat"), tokenizer.template("reward")
     prompt = tokenizer.prompt("Hi", "Sure")
-    text = lambda tokens: tokenizer.encoding.decode(tokens)
+    text = lambda tokens: spelled(tokenizer, tokens)
     assert text(prompt.policy_tokens(chat)) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nSure")

@@ -101,7 +101,7 @@ def test_half_precision(tmp_path):
     (["--prompt", "word " * 9000], "8192"),
     (["--prompt", "FILE:no/such/file"], "no/such/file: no such file"), (["--prompt", "FILE:/dev/null"], "one prompt a line"),
     (["--policy", "no/such/folder"], "no/such/folder: no such folder"),
-    (["--policy", "tests/golden/tiny_policy"], "vocab.tiktoken"),
+    (["--policy", "tests/golden/tiny_policy"], "tokenizer.json"),
     (["--mrm_base", "tests/golden/tiny_guard"], "different vocabularies"),
     (["--mrm", "no/such/file"], "no/such/file: no such file"),
     (["--guard", SMOLLM2 / "mrm.safetensors"], "kind mrm"),

@@ -1,6 +1,5 @@
 """Training: batches, losses, resuming, measures. On the tiny golden models with a vocabulary made here."""
 
-import base64
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run_script, torchrun
+from conftest import GOLDEN, run_script, spelled, torchrun, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 import train_mrm
@@ -23,7 +22,6 @@ from data.corpus import Example, read_labels, read_rewards
 from train_mrm import auc, batches, collate, guard_loss, mrm_loss, predictions, weigh
 
 SHARD = "corpus-00-of-01.safetensors"
-TEMPLATES = {"chat": {"prefix": "<s>", "infix": "\n"}, "reward": {"prefix": "<s>\n\nUser:", "infix": "\n\nAgent:"}}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +29,7 @@ def base(tmp_path_factory):
     """tiny_guard with a vocabulary of single bytes, as a folder that a run can use."""
     folder = tmp_path_factory.mktemp("base")
     shutil.copytree(GOLDEN / "tiny_guard", folder, dirs_exist_ok=True)
-    (folder / "vocab.tiktoken").write_text(
-        "".join(f"{base64.b64encode(bytes([b])).decode()} {b + 10}\n" for b in range(256)))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"pattern": r"\S+|\s+", "special_tokens": {"<s>": 0, "<e>": 7}, "templates": TEMPLATES}))
+    write_tokenizer(folder, {b: b + 10 for b in range(256)}, {"<s>": 0, "<e>": 7}, bos="<s>")
     return folder
 
 
@@ -210,7 +205,7 @@ def test_a_malformed_label_is_named_by_its_line(labels, base, tmp_path):
 def test_labels_become_tokens(labels, base):
     llama = Llama.load(base)
     example = read_labels(labels / "train.jsonl", llama, 3, 8)[0]
-    assert llama.tokenizer.encoding.decode(example.context).startswith("<s>\n\nUser:p")
+    assert spelled(llama.tokenizer, example.context).startswith("<s>\n\nUser:p")
     assert len(example.reply) <= 8 and example.targets == [1.0] * len(example.reply)
     assert all(e.reply[-1] == 7 for e in read_labels(labels / "train.jsonl", llama, 3, 99))     # it ends there
 
@@ -220,7 +215,7 @@ def test_long_texts_are_cut(base, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     llama = Llama.load(base)
     example, = read_labels(tmp_path / "train.jsonl", llama, 3, 4)
-    text = llama.tokenizer.encoding.decode
+    text = lambda tokens: spelled(llama.tokenizer, tokens)
     assert text(example.context) == "<s>\n\nUser:def\n\nAgent:" and text(example.reply) == "uvwx"
 
 
@@ -229,7 +224,7 @@ def test_a_prefill_is_unsafe_whatever_follows(base, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     llama = Llama.load(base)
     whole, = read_labels(tmp_path / "train.jsonl", llama, 3, 99)
-    assert llama.tokenizer.encoding.decode(whole.reply) == "uvwxyz<e>" and whole.targets == [1.0] * 3 + [0.0] * 4
+    assert spelled(llama.tokenizer, whole.reply) == "uvwxyz<e>" and whole.targets == [1.0] * 3 + [0.0] * 4
     cut, = read_labels(tmp_path / "train.jsonl", llama, 3, 5)
     assert cut.reply == whole.reply[:5] and cut.targets == whole.targets[:5]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import BadInput, Parser, at_least_1, check_output, read_jsonl, reading, run, write_file  # noqa: E402
+from files import BadInput, Parser, check_output, number, read_jsonl, reading, run, write_file  # noqa: E402
 
 import torch                                                # noqa: E402
 from safetensors.torch import save                          # noqa: E402
@@ -32,7 +32,9 @@ from adapters import guard_id, load_guard, load_llama, read_metadata    # noqa: 
 from data.corpus import Example                             # noqa: E402
 from data.download import fetch, sha256                     # noqa: E402
 from model import DTYPES, read_tensors                      # noqa: E402
+from mrm import bridged, check_finite, score                # noqa: E402
 from search import draw_tokens, next_logits, nucleus        # noqa: E402
+from tokenizer import Prompt                                # noqa: E402
 from train_mrm import predictions                           # noqa: E402
 from trie_cache import TrieCache, compute                   # noqa: E402
 
@@ -189,7 +191,7 @@ def write_shard(path, rows, rewards, metadata):
                "held_out": torch.tensor([r["held_out"] for r in rows]),
                "prompts": flat(prompts).int(), "prompt_lengths": lengths(prompts),
                "replies": flat(replies).int(), "reply_lengths": lengths(replies),
-               "rewards": torch.cat([torch.from_numpy(r) for r in rewards])}
+               "rewards": check_finite(torch.cat([torch.from_numpy(r) for r in rewards]), "the guard gives rewards")}
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
     write_file(path, save(tensors, metadata))
 
@@ -219,19 +221,19 @@ def main():
     add = parser.add_argument
     add("--guard", default="data/smollm2/guard.safetensors", help="what gives the rewards: an adapter on --policy, or a Llama "
         "Guard's folder")
-    add("--policy", default="data/smollm2", help="the policy that writes replies, whose vocabulary the guard must have")
+    add("--policy", default="data/smollm2", help="the policy that writes replies")
     add("--labels", default=HERE.parent / "safety_labels" / "train.jsonl", help="what data/safety_labels prepared")
     add("--from", dest="local", help=f"a folder with {HH_FILE.format('test')}, instead of downloading it")
     add("--out", type=Path, default=HERE, help="the folder for the shards")
-    add("--shards", type=at_least_1, default=8, help="files that the corpus is made of")
+    add("--shards", type=number(1), default=8, help="files that the corpus is made of")
     add("--hh_replies", type=count_or_all, default=800, help="replies of HH-RLHF's test split; all: both splits in full")
-    add("--policy_batches", type=int, default=48, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
-    add("--refused_batches", type=int, default=20, help="the same, with the beginning of a refusal after the prefill")
-    add("--ordinary_batches", type=int, default=20, help="the same, of replies to ordinary requests")
-    add("--synthetic", type=int, default=160, help="ordinary requests that the policy makes up, beside XSTest's safe ones")
-    add("--max_prompt", type=int, default=64, help="tokens kept of a prompt, the last ones")
-    add("--max_reply", type=int, default=56, help="tokens of a reply, prefill included")
-    add("--seed", type=int, default=0)
+    add("--policy_batches", type=number(0), default=48, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
+    add("--refused_batches", type=number(0), default=20, help="the same, with the beginning of a refusal after the prefill")
+    add("--ordinary_batches", type=number(0), default=20, help="the same, of replies to ordinary requests")
+    add("--synthetic", type=number(0), default=160, help="ordinary requests that the policy makes up, beside XSTest's safe ones")
+    add("--max_prompt", type=number(1), default=64, help="tokens kept of a prompt, the last ones")
+    add("--max_reply", type=number(1), default=56, help="tokens of a reply, prefill included")
+    add("--seed", type=number(0, 2 ** 63 - 1), default=0)
     add("--device", default="cpu")
     add("--dtype", choices=DTYPES, default="float32")
     args = parser.parse_args()
@@ -245,14 +247,16 @@ def main():
     check_output(args.out / "manifest.json")
     policy = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     guard = load_guard(args.guard, policy)
+    asked = bridged(policy, guard)
     labels = [row for _, row in read_jsonl(args.labels)] if own else []
     requests, turns = harmful_requests(labels), [r["response"] for r in labels if r["source"] == "turned"]
     if args.refused_batches and not turns:
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
     ordinary = ordinary_requests(policy, labels, args.synthetic, args.seed) if args.ordinary_batches else []
     dialogues = hh_replies(policy, hh_dialogues(args.local, args.hh_replies), args.max_prompt, args.max_reply)
+    template = guard.template if asked is guard else policy.tokenizer.template("reward")
     metadata = {"vocabulary": policy.tokenizer.fingerprint, "source_names": SOURCES,
-                "template": [guard.template.prefix, guard.template.infix], "shards": args.shards,
+                "template": [template.prefix, template.infix], "shards": args.shards,
                 "run": {"policy": policy.fingerprint, "guard": guard_id(args.guard, guard),
                         "labels": sha256(args.labels)[:12] if own else None} | {
                     key: value for key, value in vars(args).items()
@@ -272,8 +276,12 @@ def main():
         rows = dialogues[k::args.shards] + own_replies(policy, list(requests), list(ordinary), turns, batches, args)
         if not rows:
             raise BadInput(f"--shards {args.shards} is more than there are replies for; shard {k} would be empty")
-        examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"])) for r in rows]
-        rewards = rewards_after_each_token(guard, examples, args.device)
+        if asked is guard:
+            examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"])) for r in rows]
+            rewards = rewards_after_each_token(guard, examples, args.device)
+        else:                                               # a guard of another vocabulary reads each beginning's text
+            beginnings = lambda reply: [reply[:end] for end in range(1, len(reply) + 1)]
+            rewards = [score(asked, Prompt(r["prompt"]), beginnings(r["reply"])).float().cpu().numpy() for r in rows]
         write_shard(path, rows, rewards, metadata)
         report(path.name, rows, rewards)
     write_manifest(args.out, paths, metadata)

