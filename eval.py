@@ -35,7 +35,7 @@ import re
 import sys
 from pathlib import Path
 
-from files import BadInput, Parser, check_output, number, read_json, run, write_file
+from files import BadInput, Parser, check_output, field, locked, number, read_json, reading, run, write_file
 
 import numpy as np
 import torch
@@ -75,12 +75,19 @@ def attacked(row, tokenizer, args):
 
 def read_results(out):
     """What earlier runs have written, each reply once: results.jsonl, and the files of other processes that
-    were not merged. A last line that was cut off is passed over."""
+    were not merged. A last line that was cut off is passed over. Raises BadInput that names a line which is no
+    result."""
     found = {}
     for path in sorted(out.glob("results*.jsonl"), reverse=True):       # results.jsonl before results-1.jsonl
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            row = json.loads(line)
-            found.setdefault((row["safety"], row["width"], row["row"]), row)
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            with reading(f"{path}, line {number}", "a result of eval.py"):
+                row = dict(json.loads(line).items())
+                for key in (*HARMFUL, "refused"):
+                    field(row, key, bool if type(row.get(key)) is bool else float, default=None)
+                key = field(row, "safety", str), field(row, "width", int, 1), field(row, "row", int, 0)
+                if row["safety"] not in SEARCHES or not isinstance(row["text"], str):
+                    raise BadInput(f"{row['safety']!r} is no search here, or the text is none")
+                found.setdefault(key, row)
     return list(found.values())
 
 
@@ -174,8 +181,8 @@ def evaluate(rows, runs, done, file, models, args, show):
                 results = SEARCHES[method].search(policy, reward_models[method], [prompts[i] for i in todo],
                                                   width=width, **options)
                 for i, answer in measures(dict(zip(todo, results))).items():
-                    line = {"row": i, "safety": method, "width": width, **rows[i], **answer}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    line = {"row": i, "safety": method, "width": width} | answer    # wins over keys of the data
+                    file.write(json.dumps(line | rows[i] | line, ensure_ascii=False, allow_nan=False) + "\n")
                     if rows[i].get("category") != "harmless":
                         hits[method, width].append(answer["asr"])
                 file.flush()
@@ -257,6 +264,7 @@ def parse_arguments():
     add_model_options(add)
     add("--judge", default=DEFAULT / "judge.safetensors", metavar="PATH", help="as --guard")
     args = parser.parse_args()
+    args.guard, args.mrm = args.guard or DEFAULT / "guard.safetensors", args.mrm or DEFAULT / "mrm.safetensors"
     args.runs = parse_runs(args.safety, args.width)
     check_options(vars(args) | {"width": max(width for _, width in args.runs)})
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -278,14 +286,14 @@ def parse_runs(safety, width):
     return list(dict.fromkeys(runs))
 
 
-def same_run(path, args):
-    """Keep the arguments beside the results, files by sha256. Raises BadInput if they were others before."""
+def same_run(path, args, results):
+    """Keep the arguments beside the results, files by sha256. Raises BadInput if these are of other ones."""
     free = "data safety runs width device limit out batch plot tflop_limit".split()
     run = {key: str(value) for key, value in vars(args).items() if key not in free}
     for key in ("policy", "mrm_base", "guard", "mrm", "judge"):
         model = Path(run[key]).resolve()
         run[key] = hashlib.sha256(model.read_bytes()).hexdigest()[:12] if model.is_file() else str(model)
-    if path.exists():
+    if path.exists() and results:
         for key, value in read_json(path).items():
             if run.get(key) != value:
                 raise BadInput(f"{path.parent} holds results with {key} = {value}, not {run.get(key)}; "
@@ -296,9 +304,6 @@ def same_run(path, args):
 def start(args):
     """The rows, and what `evaluate` takes as models, for one process; refused is what cannot be run."""
     rows = read_attacks(args.data, args.attack, args.suffix, args.limit)
-    if args.out.exists() and not args.out.is_dir():
-        raise BadInput(f"--out {args.out}: expected the name of a folder, but this is a file")
-    args.out.mkdir(parents=True, exist_ok=True)
     check_output(args.out / "arguments.json")
     policy, base, guard, reward_models = load_models(args, [method for method, _ in args.runs])
     for row in rows.values():                                   # before the first search, not after hours
@@ -315,19 +320,30 @@ def main():
     wait = dist.barrier if processes > 1 else lambda: None
     if rank > 0:
         wait()                                                  # for what the first one prepares and refuses
+        return work(args, rank, processes, wait)
+    if args.out.exists() and not args.out.is_dir():
+        raise BadInput(f"--out {args.out}: expected the name of a folder, but this is a file")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with locked(args.out):
+        work(args, rank, processes, wait)
+
+
+def work(args, rank, processes, wait):
+    """What one process does, of those that share a run."""
     rows, models = start(args)
     if rank == 0:
-        same_run(args.out / "arguments.json", args)
+        results = read_results(args.out)
+        same_run(args.out / "arguments.json", args, results)
         for result in merge_results(args.out):
-            row = rows.get(result["row"], {})
-            if any(result.get(key) != value for key, value in row.items()):
+            row = rows.get(result["row"], result)
+            if any(result.get(key) != row.get(key) for key in ("source", "prompt", "response", "suffix")):
                 raise BadInput(f"{args.out} holds results of other data ({result.get('source')} is not "
                                f"{row['source']}); choose another --out")
         wait()
     done = {(r["safety"], r["width"], r["row"]) for r in read_results(args.out)}
     mine = {i: row for i, row in rows.items() if i % processes == rank}
     own_file = args.out / (f"results-{rank}.jsonl" if rank else "results.jsonl")
-    with open(own_file, "a", encoding="utf-8") as file:
+    with open(own_file, "a", encoding="utf-8", newline="\n") as file:
         evaluate(mine, args.runs, done, file, models, args, show=rank == 0)
     wait()
     if rank == 0:

@@ -163,8 +163,30 @@ def read_jsonl(path):
     for i, line in read_lines(path):
         with reading(f"{path}, line {i}", "a JSON object of valid Unicode"):
             row = dict(json.loads(line).items())
-            json.dumps(row, ensure_ascii=False).encode()            # half of an emoji, "\\ud83d", is none
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()   # half of an emoji, "\\ud83d", is none
             yield i, row
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder for this process alone. The system gives it back, however the process ends. Raises
+    BadInput when another one holds it."""
+    try:
+        try:
+            import fcntl
+        except ImportError:                                         # Windows
+            import msvcrt
+            handle = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise BadInput(f"{folder}: another run is at work in it; wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_output(path):

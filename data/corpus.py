@@ -72,7 +72,7 @@ def read_rewards(folder, llama, guard=None):
 
 def read_attacks(paths, attack, suffix, limit):
     """{number: row} of the data of eval.py, counted through all files; with a limit only the first rows of
-    each. Raises BadInput with the line number of one that lacks what the attack needs."""
+    each. A row keeps its other keys. Raises BadInput with the line number of one that lacks what the attack needs."""
     rows, count = {}, 0
     needed = {"prefill": ["response"], "suffix": [] if suffix else ["suffix"], "none": []}[attack]
     for path in paths:
@@ -82,9 +82,8 @@ def read_attacks(paths, attack, suffix, limit):
                 if not isinstance(row.get(key), str) or not row[key].strip():
                     raise BadInput(f'{path}, line {number}: expected a "{key}", which --attack {attack} needs')
             if limit is None or i < limit:
-                rows[count] = {"source": source} | {
-                    key: row[key].strip() if isinstance(row[key], str) else row[key]
-                    for key in ("prompt", "response", "category", "suffix") if key in row}
+                rows[count] = {key: value.strip() if isinstance(value, str) else value
+                               for key, value in row.items()} | {"source": source}
             count += 1
     if not rows:
         raise BadInput(f"{', '.join(map(str, paths))}: there are no prompts in it")
