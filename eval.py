@@ -83,10 +83,11 @@ def read_results(out):
             with reading(f"{path}, line {number}", "a result of eval.py"):
                 row = dict(json.loads(line).items())
                 for key in (*HARMFUL, "refused"):
-                    field(row, key, bool if type(row.get(key)) is bool else float, default=None)
+                    field(row, key, bool if type(row.get(key)) is bool else float, -1e12, 1e12, None)
                 key = field(row, "safety", str), field(row, "width", int, 1), field(row, "row", int, 0)
-                if row["safety"] not in SEARCHES or not isinstance(row["text"], str):
-                    raise BadInput(f"{row['safety']!r} is no search here, or the text is none")
+                if key[0] not in SEARCHES:
+                    raise BadInput(f"{key[0]!r} is no search here")
+                field(row, "text", str), field(row, "asr", bool)
                 found.setdefault(key, row)
     return list(found.values())
 

@@ -106,7 +106,7 @@ def field(raw, name, kind=int, low=-math.inf, high=math.inf, default=...):
     if not fits or kind in (int, float) and not low <= value <= high:
         within = f" of at least {low:.10g} and at most {high:.10g}" if kind in (int, float) else ""
         raise BadInput(f"{name} = {json.dumps(value)[:40]} must be {KINDS[kind]}{within}")
-    return value
+    return kind(value)
 
 
 def check_keys(raw, known):

@@ -112,7 +112,8 @@ class Tokenizer:
             raise BadInput("the text is not valid Unicode: it has unpaired surrogates")
         if re.search(rf"\s{{{BLANKS}}}", text):
             raise BadInput(f"the text has {BLANKS} blanks in a row or more")
-        ranks = self.encoding.encode_ordinary(text)
+        with reading(self.folder, "a tokenizer whose pattern can split this text"):
+            ranks = self.encoding.encode_ordinary(text)
         if len(self.encoding.decode_bytes(ranks)) < len(text.encode()):
             raise BadInput(f"{self.folder}: its pre-tokenizer's pattern leaves out a part of the text")
         return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
@@ -177,7 +178,7 @@ def read_splitting(raw):
         pattern = (r"\p{N}" if first[0]["individual_digits"] else r"\p{N}+") + AFTER_DIGITS
     elif kinds == ["Split", False]:
         check_keys(first[0], {"type": None, "pattern": None, "behavior": ["Isolated"]})
-        pattern = field(first[0]["pattern"], "Regex", str)
+        pattern = field(first[0]["pattern"], "Regex", str) or "(?!)"
     elif kinds != [True]:
         raise BadInput(f"pre_tokenizer = {json.dumps(split)[:200]} is not supported; expected ByteLevel with its own "
                        "pattern, one Split and ByteLevel without, or Digits and ByteLevel")
