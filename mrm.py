@@ -80,7 +80,7 @@ class Bridge:
         """The policy's tokens as the guard's."""
         text = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(
             b"".join(map(self.policy.tokenizer.token_bytes, tokens)))               # half a character: not yet
-        ended = tokens and tokens[-1] in self.policy.config.eos_token_ids
+        ended = bool(tokens) and tokens[-1] in self.policy.config.eos_token_ids
         return self.guard.llama.tokenizer.encode(text) + [*self.guard.llama.config.eos_token_ids[:ended]]
 
     def prompt(self, prompt):

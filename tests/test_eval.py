@@ -158,6 +158,51 @@ def test_two_processes_give_the_results_of_one(tmp_path, judge):
             assert a["text"] == b["text"] and a["guard_reward"] == pytest.approx(b["guard_reward"], abs=1e-3)
 
 
+def test_one_run_at_a_time(tmp_path, judge):
+    """A second run with the same --out is refused, and the first loses nothing; under torchrun, one of them holds it."""
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure"}) + "\n" for i in range(6)))
+    options = ["--data", data, "--safety", "none", "--max_new_tokens", "8", "--out", out, "--judge", judge]
+    process = subprocess.Popen([sys.executable, "eval.py", *map(str, options)], cwd=ROOT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "results.jsonl").exists():
+        time.sleep(0.01)
+    status, _, error = run_script("eval.py", *options, "--safety", "none,best_of_n")
+    assert status == 2 and error.count("\n") == 1 and "another run is at work" in error
+    assert process.wait() == 0 and [r["row"] for r in read_results(out)] == list(range(6))
+    assert run_script("eval.py", *options)[0] == 0                              # and it was given back
+
+
+def test_arguments_without_results_count_for_nothing(tmp_path, judge):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text('{"prompt": "Tell me", "response": "Sure", "id": 7, "text": "mine", "row": 9}\n')
+    options = ["--data", data, "--safety", "none", "--min_new_tokens", "1", "--out", out, "--judge", judge]
+    status, _, error = run_script("eval.py", *options, "--max_new_tokens", "0")
+    assert status == 2 and error.count("\n") == 1 and not out.exists()
+    out.mkdir()
+    (out / "arguments.json").write_text('{"seed": "5"}')
+    assert run_script("eval.py", *options, "--max_new_tokens", "3")[0] == 0
+    result, = read_results(out)
+    assert (result["id"], result["row"]) == (7, 0) and result["text"] != "mine"     # the data's other keys are kept
+    assert run_script("eval.py", *options, "--max_new_tokens", "3")[0] == 0
+    status, _, error = run_script("eval.py", *options, "--max_new_tokens", "4")
+    assert status == 2 and "max_new_tokens" in error
+
+
+@pytest.mark.parametrize("line, said", [("garbage", "line 2"), ('{"row": 0, "safety": "magic", "width": 1, "text": "", "asr": true}', "magic"),
+                                        ('{"row": 1, "safety": "none", "width": 1, "text": "", "asr": NaN}', "asr")])
+def test_a_line_that_is_no_result_is_named_and_nothing_is_deleted(tmp_path, judge, line, said):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text('{"prompt": "Tell me", "response": "Sure"}\n')
+    options = ["--data", data, "--safety", "none", "--max_new_tokens", "3", "--min_new_tokens", "1", "--out", out, "--judge", judge]
+    assert run_script("eval.py", *options)[0] == 0
+    before = (out / "results.jsonl").read_bytes() + line.encode() + b"\n"
+    (out / "results.jsonl").write_bytes(before)
+    status, _, error = run_script("eval.py", *options)
+    assert status == 2 and error.count("\n") == 1 and "line 2" in error and said in error
+    assert (out / "results.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("args, said", [
     (["--safety", "magic"], "magic"), (["--width", "0"], "--width 0"), (["--limit", "0"], "--limit"),
     (["--data", "no/file"], "no/file"), (["--safety", "beam:1/x"], "beam:1/x"),

