@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from files import BadInput, check_keys, field, read_json, reading, write_file
+from files import BadInput, check, check_keys, read_json, reading, write_file
 
 import torch
 from safetensors import safe_open
@@ -102,7 +102,7 @@ def load_adapter(path, llama, kind):
         llama = add_lora(llama, meta["rank"], meta["alpha"], meta["targets"], meta["first_layer"])
         prefix, infix = meta["template"]
         for i in prefix + infix:
-            field({"template": i}, "template", int, 0, llama.config.vocab_size - 1)
+            check(i, "a token of the template", int, 0, llama.config.vocab_size - 1)
         model = (MRM if kind == "mrm" else Guard)(llama, Template(prefix, infix))
     return fill(model, path, dict(read_tensors(path)), f"rank {meta['rank']}").requires_grad_(False)
 
@@ -139,8 +139,8 @@ def load_released_mrm(folder, llama, template):
             # pissa and olora change the base weights too, of which the file does not tell
             | {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "eva"]})
         rank, alpha = config["r"], config["lora_alpha"]
-        layers, targets = lora_targets(config["target_modules"], llama.config.num_hidden_layers)
-        llama = add_lora(llama, rank, alpha, targets, layers[0])
+        first_layer, targets = lora_targets(config["target_modules"], llama.config.num_hidden_layers)
+        llama = add_lora(llama, rank, alpha, targets, first_layer)
     found = {name.replace("base_model.model.", "llama.").replace(".weight", ""): tensor
              for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
     found |= {"gain": torch.ones(()), "bias": read_tensor(folder / "lm_head_bias.pt"),
@@ -150,7 +150,7 @@ def load_released_mrm(folder, llama, template):
 
 
 def lora_targets(modules, layers):
-    """(layers, projections) that PEFT's target_modules mean: ends of names, whole names, or a regular
+    """(first layer, projections) that PEFT's target_modules mean: ends of names, whole names, or a regular
     expression for whole names. Raises BadInput unless they are the same projections in the last layers."""
     name = lambda layer, last: f"model.layers.{layer}.{'mlp' if last in PROJECTIONS[4:] else 'self_attn'}.{last}"
     if modules == "all-linear":
@@ -158,10 +158,10 @@ def lora_targets(modules, layers):
     meant = (lambda whole: re.fullmatch(modules, whole)) if isinstance(modules, str) else (
         lambda whole: any(f".{whole}".endswith(f".{module}") for module in modules))
     found = [(layer, last) for layer in range(layers) for last in PROJECTIONS if meant(name(layer, last))]
-    which, targets = sorted({layer for layer, _ in found}), sorted({last for _, last in found})
-    if not found or len(found) < len(targets) * (layers - which[0]):
+    targets = sorted({last for _, last in found})
+    if not found or len(found) < len(targets) * (layers - found[0][0]):
         raise BadInput(f"target_modules = {str(modules)[:80]} are not the same projections of all last layers")
-    return which, targets
+    return found[0][0], targets
 
 
 def read_tensor(path):

@@ -29,6 +29,7 @@ class Branch:
     finished: bool = False                          # whether its last token is end-of-sequence
     parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
     log_prob: float = 0.0                           # log π of all its tokens, where the search adds it up
+    fallback: bool = False                          # whether its last token stood outside a nucleus unseen as a whole
 
 
 class Ask(NamedTuple):
@@ -160,7 +161,7 @@ def total_stats(policy, readers, seconds):
 
 class Reader:
     """One model's side of one prompt's search: its trie, the tokens before the reply, and its cost. head:
-    what makes the answer of final hidden states; by default they are the answer."""
+    maps final hidden states to the answer (by default these are the answer)."""
 
     def __init__(self, llama, context, suffix=(), head=lambda hidden: hidden):
         self.trie, self.context, self.suffix, self.head = TrieCache(llama), context, list(suffix), head
@@ -219,8 +220,8 @@ class Reader:
 
 
 class BridgeReader(Reader):
-    """A Reader for a guard with another vocabulary: it encodes a reply's text anew, and finds in the trie what
-    has not changed by that."""
+    """A Reader for a guard with another vocabulary. It encodes the whole reply each time, and goes on from the
+    longest beginning that is in the trie."""
 
     def __init__(self, bridge, prompt):
         self.bridge, guard = bridge, bridge.guard
@@ -232,6 +233,9 @@ class BridgeReader(Reader):
 
     def nearest(self, branch):
         tokens, node, known = self.context + self.bridge.tokens(branch.tokens), self.trie.root, 0
+        config = self.trie.model.config
+        if len(tokens) + len(self.suffix) > config.max_position_embeddings:
+            raise BadInput(f"prompt and reply are too long for the guard {config.name}")
         while known < len(tokens) and tokens[known] in node.children:
             node, known = node.children[tokens[known]], known + 1
         return node, tokens[known:]
@@ -332,10 +336,10 @@ def check_prompt(policy, reward_model, prompt, max_new_tokens):
     if policy.template is None:
         policy.tokenizer.template("chat")                   # raises BadInput, which says where one is looked for
     readers = [(policy, prompt.policy_tokens(policy.template))]
-    if isinstance(reward_model, (MRM, Guard)):
-        check_vocabulary(policy, reward_model.llama)
     if isinstance(reward_model, Bridge):
         reward_model, prompt = reward_model.guard, reward_model.prompt(prompt)
+    elif isinstance(reward_model, (MRM, Guard)):
+        check_vocabulary(policy, reward_model.llama, isinstance(reward_model, MRM))
     if isinstance(reward_model, (MRM, Guard)):
         template = reward_model.template
         readers.append((reward_model.llama, prompt.reward_tokens(template) + template.suffix))
@@ -346,10 +350,12 @@ def check_prompt(policy, reward_model, prompt, max_new_tokens):
                            f"(max_new_tokens), but {llama.config.name} reads at most {limit} together")
 
 
-def check_vocabulary(policy, other):
-    """Raises BadInput unless both Llamas have one vocabulary: M(s) is a reward for each token of the
-    policy's. (mrm.bridged takes a guard across.)"""
-    if policy.config.vocab_size != other.config.vocab_size or len({policy.vocabulary, other.vocabulary} - {""}) > 1:
+def check_vocabulary(policy, other, for_mrm=True):
+    """Raises BadInput unless both Llamas have one vocabulary, for an MRM also heads of one size: M(s) is a
+    reward for each token of the policy's. (mrm.bridged takes a guard across.)"""
+    same_size = policy.config.vocab_size == other.config.vocab_size
+    known = policy.vocabulary and other.vocabulary
+    if known and policy.vocabulary != other.vocabulary or not same_size and (for_mrm or not known):
         raise BadInput(f"the policy {policy.config.name} and the reward model on {other.config.name} have "
                        "different vocabularies; an MRM must share the policy's: data/safety_rewards/prepare.py "
                        "--policy DIR and train_mrm.py --objective mrm --base DIR make one")

@@ -2,7 +2,7 @@
 How every command begins and ends: options, files that are read and written, one line for what goes wrong.
 
 Import this before torch, as all modules do. It sets GOMP_SPINCOUNT: threads that wait in a loop fill a core,
-which slows a search beside another program. One that imports torch first must have it in its environment.
+which slows a search beside another program. If your program imports torch first, set that variable yourself.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def run(main):
         finally:
             sys.stdout.flush()
     except BadInput as error:
-        status, line = 2, printable(" ".join(str(error).split("\n")))
+        status, line = 2, printable(str(error).replace("\n", " "))
     except (KeyboardInterrupt, BrokenPipeError) as error:
         status, line = 130 if isinstance(error, KeyboardInterrupt) else 141, ""
     except OSError as error:
@@ -98,10 +98,13 @@ def field(raw, name, kind=int, low=-math.inf, high=math.inf, default=...):
     """A field of a JSON object, of a type (int is a float too, a bool is neither) and in a range. Raises
     BadInput. default: what stands for one that is absent or null."""
     value = raw.get(name)
-    if value is None and default is not ...:
-        return default
-    if value is None:
+    if value is None and default is ...:
         raise BadInput(f"the field {name} is missing")
+    return default if value is None else check(value, name, kind, low, high)
+
+
+def check(value, name, kind=int, low=-math.inf, high=math.inf):
+    """The value, if it has the type and the range. Raises BadInput."""
     fits = type(value) in ((int, float) if kind is float else (kind,))
     if not fits or kind in (int, float) and not low <= value <= high:
         within = f" of at least {low:.10g} and at most {high:.10g}" if kind in (int, float) else ""
@@ -110,8 +113,8 @@ def field(raw, name, kind=int, low=-math.inf, high=math.inf, default=...):
 
 
 def check_keys(raw, known):
-    """Nothing that changes the numbers passes unread. known: {key: its allowed values, or None for all}.
-    Raises BadInput for another value, and for a key that is not known, unless it is null, false or empty."""
+    """Refuse settings that this code would ignore. known: {key: its allowed values, or None for all}. Raises
+    BadInput for another value, and for a key that is not known, unless it is null, false (or 0) or empty."""
     for key, value in raw.items():
         allowed = known.get(key, [None, False, "", [], {}])
         if allowed is not None and value not in allowed:
@@ -163,7 +166,7 @@ def read_jsonl(path):
     for i, line in read_lines(path):
         with reading(f"{path}, line {i}", "a JSON object of valid Unicode"):
             row = dict(json.loads(line).items())
-            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()   # half of an emoji, "\\ud83d", is none
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()   # refuses half of an emoji, "\\ud83d"
             yield i, row
 
 
@@ -171,19 +174,18 @@ def read_jsonl(path):
 def locked(folder):
     """Hold a folder for this process alone. The system gives it back, however the process ends. Raises
     BadInput when another one holds it."""
+    windows = os.name == "nt"
+    handle = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT) if windows else os.open(folder, os.O_RDONLY)
     try:
         try:
-            import fcntl
-        except ImportError:                                         # Windows
-            import msvcrt
-            handle = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise BadInput(f"{folder}: another run is at work in it; wait for it, or choose another folder") from None
-    try:
+            if windows:
+                import msvcrt
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(f"{folder}: another run is at work in it; wait for it, or choose another") from None
         yield
     finally:
         os.close(handle)

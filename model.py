@@ -2,7 +2,7 @@
 The language model: a Llama in plain PyTorch. The network stands first, how a checkpoint is loaded after it.
 
 Every network of this repository (policy, guard, MRM) is this class with other weights. It reads folders as
-they are on the Hugging Face hub: Llama, Mistral (in the length of its sliding window), Qwen2 and Qwen3.
+they are on the Hugging Face hub: Llama, Qwen2, Qwen3, and Mistral for texts no longer than its window.
 Modules carry the tensor names of those, so loading needs no table of names.
 
 Sources:
@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import BadInput, check_keys, field, read_json, reading
+from files import BadInput, check, check_keys, field, read_json, reading
 from tokenizer import Tokenizer
 
 import torch                                    # after files, which says why
@@ -236,17 +236,18 @@ class Llama(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-# What stands in a config.json and changes no number, beside null, false and what is empty.
+# Keys of config.json that do not affect the result. All others must be read, or null, false or empty.
 NEUTRAL = """architectures model_type _name_or_path torch_dtype dtype transformers_version bos_token_id pad_token_id
     unk_token_id initializer_range attention_dropout use_cache pretraining_tp max_window_layers layer_types is_decoder
-    tokenizer_class auto_map task_specific_params transformers.js_config unsloth_version unsloth_fixed
+    is_llama_config tokenizer_class auto_map task_specific_params transformers.js_config unsloth_version unsloth_fixed
     keys_to_ignore_at_inference _attn_implementation_autoset return_dict id2label label2id max_length""".split()
 
 
-def read_config(folder):
-    """The LlamaConfig of a folder: config.json, and the ids that end a sequence in generation_config.json too.
-    Raises BadInput for an absent or broken file, and for what this Llama does not compute."""
-    path, generation = folder / "config.json", folder / "generation_config.json"
+def read_config(folder, path=None):
+    """The LlamaConfig of a folder: config.json (or `path`), and the ids that end a sequence in
+    generation_config.json too. Raises BadInput for an absent or broken file, and for what this Llama does not
+    compute."""
+    path, generation = path or folder / "config.json", folder / "generation_config.json"
     raw = read_json(path)
     also = read_json(generation).get("eos_token_id") if generation.exists() else None
     with reading(path, "the config.json of a language model"):
@@ -258,6 +259,8 @@ def read_config(folder):
         integer = lambda name, high, default=...: field(raw, name, int, 1, high, default)
         width, heads = integer("hidden_size", 2 ** 20), integer("num_attention_heads", 2 ** 16)
         length, window = integer("max_position_embeddings", 2 ** 31), integer("sliding_window", 2 ** 31, None)
+        if family == "mistral" and "sliding_window" not in raw:
+            window = 4096                                   # what that means in transformers
         if window and raw.get("use_sliding_window", family == "mistral"):
             length = min(length, window)                    # in a shorter text, the window is not in effect
         scaling, theta = read_rope(raw)
@@ -275,12 +278,13 @@ def read_config(folder):
                 if i is not None)),
             qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
             name=field(raw, "_name_or_path", str, default="") or folder.resolve().name)
-        check_keys(raw, dict.fromkeys([*NEUTRAL, *vars(config), "rope_parameters", "sliding_window", "eos_token_id",
-                                       "use_sliding_window"]) | {"hidden_act": ["silu"]})
+        own = {"qkv_bias", "qk_norm", "eos_token_ids", "name"}      # fields of ours, not of config.json
+        check_keys(raw, dict.fromkeys([*NEUTRAL, *(vars(config).keys() - own), "rope_parameters", "sliding_window",
+                                       "eos_token_id", "use_sliding_window"]) | {"hidden_act": ["silu"]})
         if heads % kv_heads or config.head_dim % 2:
             raise BadInput("num_attention_heads is no multiple of num_key_value_heads, or head_dim is odd")
         for i in config.eos_token_ids:
-            field({"eos_token_id": i}, "eos_token_id", int, 0, config.vocab_size - 1)
+            check(i, "eos_token_id (here or in generation_config.json)", int, 0, config.vocab_size - 1)
     return config
 
 

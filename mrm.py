@@ -10,7 +10,8 @@ h(s) is the final hidden state of the last token of s, by a frozen Llama with Lo
 read a conversation as: bos "\\n\\nUser:" prompt "\\n\\nAgent:" reply. (A Llama Guard has a template of its
 own.)
 
-The order is the paper's: the PRM (Section 2), M (4.1), its loss (4.2), V_unseen (4.3). LoRA comes last.
+The order is the paper's: the PRM (Section 2), M (4.1), its loss (4.2), V_unseen (4.3). Then other guards
+than this file's, and LoRA.
 
 Shapes: n sequences, T tokens, d = hidden_size, V = vocab_size, r = LoRA rank.
 """
@@ -20,7 +21,7 @@ import copy
 import dataclasses
 import math
 
-from files import BadInput, field, reading
+from files import BadInput, check, reading
 
 import torch
 import torch.nn as nn
@@ -49,65 +50,6 @@ class Guard(nn.Module):
         guard; a Guard, whose hidden states can be had, is read through a trie of the search's own."""
         context, suffix = prompt.reward_tokens(self.template), self.template.suffix
         return self.reward(TrieCache(self.llama)([context + reply + suffix for reply in replies]))
-
-
-def score(guard, prompt, replies):
-    """R of n replies by any guard, whose own `score` may give a tensor, an array or a list: (n,). Raises
-    BadInput unless these are n finite numbers."""
-    with reading("the guard's score", f"{len(replies)} numbers"):
-        rewards = torch.as_tensor(guard.score(prompt, replies))
-        if rewards.shape != (len(replies),):
-            raise ValueError(f"shape {tuple(rewards.shape)}")
-    return check_finite(rewards, "the guard gives rewards")
-
-
-def check_finite(values, giving):
-    """The values. giving: who gives what. Raises BadInput for nan, which looks safe as nan < 0 is false, and
-    for infinity."""
-    if not values.isfinite().all():
-        raise BadInput(f"{giving} that are not numbers, or not finite; its weights, or their dtype, are to blame")
-    return values
-
-
-class Bridge:
-    """A guard with another vocabulary than the policy's. It reads the text of the policy's tokens, in tokens of
-    its own: up to the last whole character, and where the reply ends, with its own end of sequence."""
-
-    def __init__(self, policy, guard):
-        self.policy, self.guard = policy, guard
-
-    def tokens(self, tokens):
-        """The policy's tokens as the guard's."""
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(
-            b"".join(map(self.policy.tokenizer.token_bytes, tokens)))               # half a character: not yet
-        ended = bool(tokens) and tokens[-1] in self.policy.config.eos_token_ids
-        return self.guard.llama.tokenizer.encode(text) + [*self.guard.llama.config.eos_token_ids[:ended]]
-
-    def prompt(self, prompt):
-        return dataclasses.replace(prompt, user=self.tokens(prompt.user), prefill=self.tokens(prompt.prefill))
-
-    def score(self, prompt, replies):
-        """As Guard.score."""
-        return self.guard.score(self.prompt(prompt), [self.tokens(reply) for reply in replies])
-
-
-def bridged(policy, guard):
-    """The guard as this policy's searches can ask it: itself, or where its vocabulary is another, a Bridge."""
-    other = isinstance(guard, Guard) and guard.llama.vocabulary not in ("", policy.vocabulary)
-    return Bridge(policy, guard) if other else guard
-
-
-def llama_guard(llama):
-    """The guard that a Llama Guard is (Inan et al. 2023, arXiv 2312.06674), the paper's PRM: R(s) =
-    logit("safe") − logit("unsafe") of the first word that it says of s, for which the template's suffix asks.
-    As a head: the difference of two rows of the unembedding. Raises BadInput where a word is not one
-    token."""
-    guard = Guard(llama, llama.tokenizer.template("guard"))
-    safe, unsafe = (llama.tokenizer.encode(word) for word in ("safe", "unsafe"))
-    if len(safe) != 1 or len(unsafe) != 1:
-        raise BadInput(f"{llama.config.name}: a Llama Guard's vocabulary has the tokens safe and unsafe")
-    guard.head.weight.data = llama.lm_head.weight[safe] - llama.lm_head.weight[unsafe]      # (1, d)
-    return guard.requires_grad_(False)
 
 
 class MRM(nn.Module):
@@ -161,6 +103,70 @@ def unseen_tokens(replies, config, min_count=1):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# other guards
+
+def score(guard, prompt, replies):
+    """R of n replies by any guard, whose own `score` may give a tensor, an array or a list: (n,). Raises
+    BadInput unless these are n finite numbers."""
+    rewards = guard.score(prompt, replies)
+    with reading("the guard's score", f"{len(replies)} numbers"):
+        rewards = torch.as_tensor(rewards)
+        if rewards.shape != (len(replies),):
+            raise ValueError(f"shape {tuple(rewards.shape)}")
+    return check_finite(rewards, "the guard gives rewards")
+
+
+def check_finite(values, giving):
+    """The values. giving: who gives what. Raises BadInput for nan, which looks safe as nan < 0 is false, and
+    for infinity."""
+    if not values.isfinite().all():
+        raise BadInput(f"{giving} that are not numbers, or not finite; its weights, or their dtype, are to blame")
+    return values
+
+
+class Bridge:
+    """A guard with another vocabulary than the policy's. It reads the text of the policy's tokens, in tokens of
+    its own. Half a character at the end is left out. The policy's end of sequence becomes the guard's."""
+
+    def __init__(self, policy, guard):
+        self.policy, self.guard = policy, guard
+
+    def tokens(self, tokens):
+        """The policy's tokens as the guard's."""
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(
+            b"".join(map(self.policy.tokenizer.token_bytes, tokens)))               # half a character: not yet
+        llama, ended = self.guard.llama, tokens and tokens[-1] in self.policy.config.eos_token_ids
+        return llama.tokenizer.encode(text) + [*(llama.config.eos_token_ids[:1] if ended else [])]
+
+    def prompt(self, prompt):
+        return dataclasses.replace(prompt, user=self.tokens(prompt.user), prefill=self.tokens(prompt.prefill))
+
+    def score(self, prompt, replies):
+        """As Guard.score."""
+        return self.guard.score(self.prompt(prompt), [self.tokens(reply) for reply in replies])
+
+
+def bridged(policy, guard):
+    """The guard as this policy's searches can ask it: itself, or where its vocabulary is another, a Bridge."""
+    if not isinstance(guard, Guard) or not policy.vocabulary or guard.llama.vocabulary in ("", policy.vocabulary):
+        return guard
+    return Bridge(policy, guard)
+
+
+def llama_guard(llama):
+    """The guard that a Llama Guard is (Inan et al. 2023, arXiv 2312.06674), the paper's PRM: R(s) =
+    logit("safe") − logit("unsafe") of the first word that it says of s, for which the template's suffix asks.
+    As a head: the difference of two rows of the unembedding. Raises BadInput where a word is not one
+    token."""
+    guard = Guard(llama, llama.tokenizer.template("guard"))
+    safe, unsafe = (llama.tokenizer.encode(word) for word in ("safe", "unsafe"))
+    if len(safe) != 1 or len(unsafe) != 1:
+        raise BadInput(f"{llama.config.name}: a Llama Guard's vocabulary has the tokens safe and unsafe")
+    guard.head.weight.data = llama.lm_head.weight[safe] - llama.lm_head.weight[unsafe]      # (1, d)
+    return guard.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # what is trained: LoRA (Hu et al. 2021, arXiv 2106.09685) and the small head
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -185,10 +191,9 @@ def add_lora(llama, rank, alpha, targets, first_layer=0):
     """A copy of `llama` with LoRA on the target projections of layers first_layer and up. All frozen weights
     are shared with the original, not copied. A is drawn from torch's global generator. Raises BadInput for a
     rank that is none, a layer that is not there and targets that are not projections of a Llama."""
-    layers, given = llama.config.num_hidden_layers, locals()
-    field(given, "rank", int, 1, llama.config.hidden_size)
-    field(given, "alpha", float, 0, 1e6)
-    field(given, "first_layer", int, 0, layers - 1)
+    check(rank, "LoRA's rank", int, 1, llama.config.hidden_size)
+    check(alpha, "LoRA's alpha", float, 0, 1e6)
+    check(first_layer, "LoRA's first layer", int, 0, llama.config.num_hidden_layers - 1)
     if not targets or not set(targets) <= set(PROJECTIONS):
         raise BadInput(f"LoRA's targets cannot be {targets}: expected some of {', '.join(PROJECTIONS)}")
     llama = shallow_copy(llama)

@@ -34,6 +34,7 @@ class Sequence(NamedTuple):
     tokens: list            # the reply so far, without the prefill
     reward: float           # M(s)_a, where a is its last token and s all before that
     finished: bool          # whether a is end-of-sequence
+    fallback: bool          # whether a stood outside the nucleus, of which no token was seen
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, 
     read_policy, read_mrm = read or (partial(states, policy), partial(states, mrm.llama))
     before_policy, before_mrm = prompt.policy_tokens(policy.template), prompt.reward_tokens(mrm.template)
     eos = list(policy.config.eos_token_ids)
-    frontier, frontiers = [Sequence([], 0.0, False)], []
+    frontier, frontiers = [Sequence([], 0.0, False, False)], []
     for t in range(max_new_tokens):
         finished = [s for s in frontier if s.finished]
         growing = [s for s in frontier if not s.finished]
@@ -67,15 +68,19 @@ def saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, 
         for i, s in enumerate(growing):
             tokens = nucleus(p[i], top_p)
             tokens = tokens[m_cons[i, tokens] > -math.inf]          # an unseen token is never selected
-            if len(tokens) == 0:                                    # in their place, the likeliest seen one
+            fallback = len(tokens) == 0                             # in their place, the likeliest seen one
+            if fallback:
                 tokens = p[i].masked_fill(mrm.unseen, -1).argmax()[None]
             for a, reward in zip(tokens.tolist(), m_cons[i, tokens].tolist()):
-                candidates.append(Sequence(s.tokens + [a], reward, a in eos))
+                candidates.append(Sequence(s.tokens + [a], reward, a in eos, fallback))
 
         # Eq. 3: the N = width candidates with the highest M_cons(s)_a. With what was finished before, the
         # best N are the next frontier, finished ones first. (`sorted` leaves equal ones in their order.)
-        best = sorted(candidates, key=lambda s: -s.reward)[:width]
-        frontier = sorted(finished + best, key=lambda s: (not s.finished, -s.reward))[:width]
+        # Fallbacks only fill up what all others leave of N.
+        best = sorted(candidates, key=lambda s: (s.fallback, -s.reward))[:width]
+        regular = sum(not s.fallback for s in best)
+        best = best[:max(regular, width - len(finished))]
+        frontier = sorted(finished + best, key=lambda s: (not s.finished, s.fallback, -s.reward))[:width]
         frontiers.append(frontier)
     return frontiers
 

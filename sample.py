@@ -74,8 +74,8 @@ def add_search_options(add):
 
 def add_model_options(add):
     """The options of all commands that search."""
-    add("--policy", default=DEFAULT, metavar="DIR", help="a Llama checkpoint with its vocabulary")
-    add("--mrm_base", default=DEFAULT, metavar="DIR", help="the Llama that MRM and guard are adapters of")
+    add("--policy", default=DEFAULT, metavar="DIR", help="the model: a folder as on the Hugging Face hub")
+    add("--mrm_base", default=DEFAULT, metavar="DIR", help="the model that MRM and guard are adapters of")
     add("--mrm", metavar="PATH", help="an adapter, or a released MRM's folder")
     add("--guard", metavar="PATH", help="an adapter, or a Llama Guard's folder, of whatever vocabulary")
     add("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
@@ -88,10 +88,12 @@ def load_models(args, methods):
     if policy.tokenizer is None:
         raise BadInput(f"{args.policy} has no tokenizer.json; data/hub/prepare.py fetches all that is needed")
     kinds = {method: SEARCHES[method].reward_model for method in methods}
-    models, own = {None: None, "guard": None}, Path(args.policy).resolve() != DEFAULT
+    models, own = {None: None}, Path(args.policy).resolve() != DEFAULT
     if own and args.guard is None and not any(kinds.values()):          # nobody is asked for a verdict
         return policy, policy, None, dict.fromkeys(methods)
-    if Path(args.mrm_base).resolve() != Path(args.policy).resolve():
+    # A guard in a folder of its own needs no base, nor do those of this repository: load_guard knows theirs.
+    if Path(args.mrm_base).resolve() != Path(args.policy).resolve() and (
+            "mrm" in kinds.values() or Path(args.mrm_base).resolve() != DEFAULT):
         base = load_llama(args.mrm_base, policy.dtype, policy.device)
     if "mrm" in kinds.values():
         check_vocabulary(policy, base)

@@ -53,9 +53,10 @@ NO_REPEAT = 4                   # saffron with beta: so many tokens in a row do 
 def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, beta):
     """The paper's Saffron-1, as saffron.py has it, with more said about the reply. Deterministic.
 
-    A step takes the tokens a of the policy's nucleus that are not in V_unseen as candidates (the likeliest
-    seen token, if none is left) of each unfinished sequence s, and keeps the `width` sequences s·a with the
-    highest M(s)_a; equal ones by frontier order, then by the policy's probability (Eq. 2, 7 and 3).
+    A step takes the tokens a of the policy's nucleus that are not in V_unseen as candidates of each unfinished
+    sequence s, and keeps the `width` sequences s·a with the highest M(s)_a; equal ones by frontier order, then
+    by the policy's probability (Eq. 2, 7 and 3). If none is left of a nucleus, its fallback is the likeliest
+    seen token: fallbacks fill up what all others leave of `width`.
 
     beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's
     probability of the whole reply so far: of replies that are about equally safe, the likelier one. (This is
@@ -72,7 +73,7 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
         hidden, of_mrm = yield Ask(policy=growing, reward=growing if multifurcation else [])    # (n, d) each
         logits = next_logits(policy, hidden, length, min_new_tokens)                    # (n, V)
         unseen = reward_model.unseen if multifurcation else None
-        rows, tokens = candidates(logits, unseen, top_p, temperature)                   # (m,) each
+        rows, tokens, fallbacks = candidates(logits, unseen, top_p, temperature)        # (m,) each
         log_p = logits[rows, tokens] - logits.logsumexp(-1)[rows]                       # log π(a | s): (m,)
         children = [extend(policy, growing[row], token, log_p=p)
                     for row, token, p in zip(rows.tolist(), tokens.tolist(), log_p.tolist())]
@@ -81,8 +82,10 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
             rewards = reward_model.child_rewards(of_mrm[rows], tokens)                  # (m,)
         else:
             _, rewards = yield Ask(reward=children)                                     # R(s·a): (m,)
+        for child, fallback in zip(rewarded(children, rewards), fallbacks.tolist()):
+            child.fallback = fallback
         finished = [branch for branch in frontier if branch.finished]
-        frontier = best(finished, rewarded(children, rewards), width, beta)
+        frontier = best(finished, children, width, beta)
         trace.append(frontier)
     return frontier[0]
 
@@ -90,12 +93,16 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
 def best(finished, children, width, beta):
     """The next frontier: of `finished` and the `width` children with the highest reward + beta · log_prob
     (equal ones as they stand; with beta > 0 of those that do not repeat themselves, or of all, if all do) the
-    first `width`: finished ones before unfinished, both by that score."""
+    first `width`: finished ones before unfinished, both by that score. A fallback stands behind all others,
+    and takes no place that one of them could have."""
     score = lambda branch: branch.reward + beta * branch.log_prob
-    ranked = sorted(children, key=score, reverse=True)                   # stable: equal ones keep their order
+    ranked = sorted(children, key=lambda branch: (branch.fallback, -score(branch)))     # stable
     fresh = (branch for branch in ranked if not beta or not repeats_its_end(branch.tokens))
     kept = list(itertools.islice(fresh, width)) or ranked[:width]
-    return sorted(finished + kept, key=lambda branch: (not branch.finished, -score(branch)))[:width]
+    regular = sum(not branch.fallback for branch in kept)
+    kept = kept[:max(regular, width - len(finished))]
+    order = lambda branch: (not branch.finished, branch.fallback, -score(branch))
+    return sorted(finished + kept, key=order)[:width]
 
 
 def repeats_its_end(tokens, n=NO_REPEAT):
@@ -131,7 +138,7 @@ def beam(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
             break
         hidden, _ = yield Ask(policy=growing)
         logits = next_logits(policy, hidden, length, min_new_tokens)
-        rows, tokens = candidates(logits, None, top_p, temperature)
+        rows, tokens, _ = candidates(logits, None, top_p, temperature)
         children = [extend(policy, growing[row], token) for row, token in zip(rows.tolist(), tokens.tolist())]
         _, rewards = yield Ask(reward=children)                                         # (m,)
         pool = [branch for branch in frontier if branch.finished] + rewarded(children, rewards)
@@ -322,22 +329,24 @@ def nucleus(p, top_p):
 
 def candidates(logits, unseen, top_p, temperature):
     """Which tokens may follow which of n sequences: rows (m,) and tokens (m,), by row, then most likely
-    first. Of a row, its nucleus without unseen tokens; if all of it is unseen, the seen token with the
-    highest logit. logits: (n, V), unseen: bool (V,), or None where no token is. Raises BadInput when no seen
-    token is possible."""
-    rows, tokens = [], []
+    first, and which of them are fallbacks, bool (m,). Of a row, its nucleus without unseen tokens; if all of
+    it is unseen, one fallback: the seen token with the highest logit. logits: (n, V), unseen: bool (V,), or
+    None where no token is. Raises BadInput when no seen token is possible."""
+    rows, tokens, fallbacks = [], [], []
     for i, p in enumerate(probabilities(logits, temperature)):
         inside = nucleus(p, top_p)
         if unseen is not None:
             inside = inside[~unseen[inside]]
-        if len(inside) == 0:
+        fallback = len(inside) == 0
+        if fallback:
             seen = logits[i].masked_fill(unseen, -math.inf)
             inside = seen.argmax(keepdim=True)
             if seen[inside] == -math.inf:
                 raise BadInput("the reward model has not seen any token that could come next")
         rows.append(torch.full_like(inside, i))
         tokens.append(inside)
-    return torch.cat(rows), torch.cat(tokens)
+        fallbacks.append(torch.full_like(inside, fallback, dtype=torch.bool))
+    return torch.cat(rows), torch.cat(tokens), torch.cat(fallbacks)
 
 
 def draw_tokens(p, top_p, count, generator):

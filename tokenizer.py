@@ -20,7 +20,7 @@ import tiktoken
 
 from files import BadInput, check_keys, field, read_json, read_lines, read_text, reading
 
-# GPT-2's pre-tokenizer, and the same of text from which digits were split off before, one by one or in rows.
+# GPT-2's pre-tokenizer, and the same without digits, which were split off first, singly or in runs.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 AFTER_DIGITS = r"|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 BLANKS = 100_000                # in a row, at most: at several times as many, tiktoken's stack overflows
@@ -62,7 +62,7 @@ class Tokenizer:
 
     Beside it are read, where they are there: tokenizer_config.json (bos_token, chat_template),
     chat_template.jinja, which wins over that, and templates.json, which is ours and wins over both. Raises
-    BadInput for what is broken, and for a tokenizer that would give other tokens here than there.
+    BadInput for what is broken, and for a setting that is not known here and may change the tokens.
     """
 
     def __init__(self, folder):
@@ -75,21 +75,21 @@ class Tokenizer:
             check_keys(model, {"type": ["BPE"], "vocab": None, "merges": None, "ignore_merges": None,
                                "unk_token": None, "fuse_unk": None})
             self.normalize, pattern = read_splitting(raw)
-            self.special = {}                                                   # text to id
+            self.added = {}                                                   # text to id
             for token in added:
                 check_keys(token, {"id": None, "content": None, "special": None, "normalized": None})
-                self.special[field(token, "content", str)] = field(token, "id", int, 0, 2 ** 31)
+                self.added[field(token, "content", str)] = field(token, "id", int, 0, 2 ** 31)
             ids = {to_bytes(text): field(model["vocab"], text, int, 0, 2 ** 31)
-                   for text in model["vocab"] if text not in self.special}
+                   for text in model["vocab"] if text not in self.added}
             self.bytes = {i: token for token, i in ids.items()}
-            if (min(map(len, [*ids, *self.special])) < 1
-                    or len({*ids.values(), *self.special.values()}) < len(ids) + len(added)):
+            if (min(map(len, [*ids, *self.added])) < 1
+                    or len({*ids.values(), *self.added.values()}) < len(ids) + len(added)):
                 raise BadInput("a token is empty, or two tokens have one text or one id")
-            # Added tokens that are not special, such as <think>, are shown as text.
+            # Added tokens are never made of a user's text. Those that are not special, as <think>, are shown.
             self.bytes |= {token["id"]: token["content"].encode() for token in added if not token.get("special")}
-            # tiktoken wants ranks in the order of merging, and an id need not be its rank. Bytes come first
-            # (a few have no id in some vocabularies), then each token with the first merge that makes it. A
-            # token that no merge makes is found only where whole words are looked up first.
+            # tiktoken merges in the order of ranks. An id need not be a rank, so self.ids maps back. First come
+            # the bytes (a few have no id in some vocabularies), then what merges make, by the first that makes
+            # it. Where whole words are looked up first, tokens that no merge makes come last.
             merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
             order = [*(bytes([b]) for b in range(256)), *(to_bytes(a + b) for a, b in merges),
                      *(ids if model.get("ignore_merges") else [])]
@@ -98,10 +98,9 @@ class Tokenizer:
                 raise BadInput("a merge makes a token that is not in the vocabulary")
             self.ids = [ids.get(token) for token in ranks]                      # of each rank
             self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-            self.control = set(self.special.values())
-            self.size = 1 + max(*ids.values(), *self.special.values())
-        meaning = [pattern, sorted(self.special.items()), [token.hex() for token in ranks], self.ids]
-        self.fingerprint = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:12]    # of equal ones equal
+            self.size = 1 + max(*ids.values(), *self.added.values())
+        meaning = [pattern, bool(raw.get("normalizer")), sorted(self.added.items()), [token.hex() for token in ranks], self.ids]
+        self.fingerprint = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:12]    # equal for equal ones
         self.texts = read_templates(self.folder)
 
     def encode(self, text):
@@ -122,12 +121,13 @@ class Tokenizer:
         """The Template of that name. Its texts are the checkpoint's own, so control tokens count as such."""
         if name not in self.texts:
             raise BadInput(f"{self.folder}: no template {name!r}; expected a chat_template in tokenizer_config"
-                           ".json or chat_template.jinja, or the template in templates.json")
-        control = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)"
+                           ".json or chat_template.jinja, or this template in templates.json")
+        control = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)"
         tokens = lambda text: [token for i, part in enumerate(re.split(f"({control})", text))
-                               for token in ([self.special[part]] if i % 2 else self.encode(part))]
+                               for token in ([self.added[part]] if i % 2 else self.encode(part))]
         with reading(self.folder, f"a folder whose template {name!r} has a prefix and an infix"):
             parts = {"suffix": ""} | self.texts[name]
+            check_keys(parts, dict.fromkeys(("prefix", "infix", "suffix")))
             return Template(*(tokens(parts[part]) for part in ("prefix", "infix", "suffix")))
 
     def prompt(self, user, prefill="", hide_prefill=False):
@@ -150,8 +150,9 @@ class Tokenizer:
         spread over several tokens comes with the last of them: a stream never shows half of one."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         pieces = [decoder.decode(self.token_bytes(token)) for token in tokens]
-        tail = decoder.decode(b"", final=True)
-        return pieces[:-1] + [pieces[-1] + tail] if pieces else pieces
+        if pieces:
+            pieces[-1] += decoder.decode(b"", final=True)
+        return pieces
 
 
 def to_bytes(text):
@@ -178,7 +179,7 @@ def read_splitting(raw):
         pattern = (r"\p{N}" if first[0]["individual_digits"] else r"\p{N}+") + AFTER_DIGITS
     elif kinds == ["Split", False]:
         check_keys(first[0], {"type": None, "pattern": None, "behavior": ["Isolated"]})
-        pattern = field(first[0]["pattern"], "Regex", str) or "(?!)"
+        pattern = field(first[0]["pattern"], "Regex", str) or "(?!)"  # the empty one matches too much
     elif kinds != [True]:
         raise BadInput(f"pre_tokenizer = {json.dumps(split)[:200]} is not supported; expected ByteLevel with its own "
                        "pattern, one Split and ByteLevel without, or Digits and ByteLevel")
@@ -187,11 +188,12 @@ def read_splitting(raw):
 
 def read_templates(folder):
     """{"chat": {"prefix": text, "infix": text}, "reward": ...} of a folder; "chat" only where it has one. The
-    chat_template is rendered once, around a marker in the place of the user's text."""
+    chat_template is rendered once, around a marker in the place of the user's text, without thinking."""
     path, jinja, ours = (folder / name for name in ("tokenizer_config.json", "chat_template.jinja", "templates.json"))
     config = read_json(path) if path.exists() else {}
     with reading(path, "a tokenizer's configuration"):
-        check_keys({"add_prefix_space": config.get("add_prefix_space")}, {})
+        if config.get("add_prefix_space"):
+            raise BadInput("add_prefix_space = true is not supported")
         special = {key: value if isinstance(value, str) else field(value, "content", str)
                    for key, value in config.items() if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value}
         texts = {"reward": {"prefix": special.get("bos_token", "") + "\n\nUser:", "infix": "\n\nAgent:"}}
@@ -216,13 +218,12 @@ def read_templates(folder):
 def read_prompts(prompt):
     """The prompts that an argument stands for: itself, with - all of standard input, with FILE:path one a
     line. Raises BadInput for a file that has none or is no text."""
-    path = prompt.removeprefix("FILE:")
     if prompt == "-":
         with reading("standard input", "UTF-8 text"):
             return [sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")]
-    if prompt != f"FILE:{path}":
+    if not prompt.startswith("FILE:"):
         return [prompt]
-    lines = [line for _, line in read_lines(path)]
+    lines = [line for _, line in read_lines(prompt.removeprefix("FILE:"))]
     if not lines:
         raise BadInput(f"--prompt {prompt}: expected one prompt a line, but the file is empty")
     return lines

@@ -149,7 +149,7 @@ def public_data():
 
 def spelled(tokenizer, tokens):
     """The text of tokens, that of control tokens included."""
-    names = {i: text for text, i in tokenizer.special.items()}
+    names = {i: text for text, i in tokenizer.added.items()}
     return "".join(names.get(token) or tokenizer.decode([token]) for token in tokens)
 
 

@@ -225,7 +225,7 @@ def test_every_template_is_produced_from_its_text(checkpoints):
         assert (got.prefix, got.infix, got.suffix) == (wanted["prefix"], wanted["infix"], wanted.get("suffix", []))
     guard = golden["Llama-Guard-3-1B"]
     assert tokenizers[GUARD].encode("safe") == [guard["safe"]] and tokenizers[GUARD].encode("unsafe") == [guard["unsafe"]]
-    assert tokenizers[POLICY].special["<|eot_id|>"] == golden["eos"]
+    assert tokenizers[POLICY].added["<|eot_id|>"] == golden["eos"]
     assert len({t.fingerprint for t in tokenizers.values()}) == 1
 
 

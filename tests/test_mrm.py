@@ -203,7 +203,7 @@ def test_an_adapter_of_another_checkpoint_is_refused(adapter, tiny_policy):
 
 @pytest.mark.parametrize("rank, targets, first_layer, said", [
     (0, TARGETS, 0, "rank.*at least 1"), (4, ["q_proj", " v_proj"], 0, "targets.*q_proj, k_proj"),
-    (4, TARGETS, 2, "first_layer.*0 and at most 1"),
+    (4, TARGETS, 2, "first layer.*0 and at most 1"),
 ])
 def test_lora_where_there_is_none_is_refused(tiny_guard, rank, targets, first_layer, said):
     with pytest.raises(BadInput, match=said):

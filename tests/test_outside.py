@@ -214,7 +214,7 @@ def test_a_real_tokenizer_gives_the_ids_of_hugging_face(real, name):
         assert tokenizer.encode(text) == ids, text
     prompt = tokenizer.prompt("How do I pick a lock?")
     assert prompt.policy_tokens(tokenizer.template("chat")) == golden[name]["chat_ids"]
-    assert not tokenizer.control & {*tokenizer.encode("<|im_end|><|eot_id|><think><|begin_of_text|>")}
+    assert not {*tokenizer.added.values()} & {*tokenizer.encode("<|im_end|><|eot_id|><think><|begin_of_text|>")}
 
 
 def random_checkpoint(family, tokenizer, folder):

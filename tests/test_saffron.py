@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 import re
 from collections import Counter
 
@@ -159,6 +160,25 @@ def test_what_repeats_itself_fills_no_place():
         assert best([], children, 2, beta) == kept, f"beta {beta}, {len(children)} children"
 
 
+@pytest.mark.exercise(7, points=2)
+@pytest.mark.parametrize("seed", range(50))
+def test_a_fallback_takes_no_place_of_a_regular_candidate(seed):
+    """On random pools: it is kept only where regular and finished ones leave room, and stands behind them."""
+    pick = random.Random(seed)
+    width = pick.randint(1, 6)
+    child = lambda: Branch([pick.randrange(500) for _ in range(3)], pick.gauss(0, 2), pick.random() < 0.3, pick.random() < 0.4)
+    children = [child() for _ in range(pick.randint(1, 10))]
+    done = [Branch([i], pick.gauss(0, 2), finished=True) for i in range(pick.randint(0, width))]
+    frontier = best(done, children, width, 0.0)
+    regular = [b for b in children if not b.fallback]
+    kept = [b for b in frontier if b.fallback]
+    assert len(kept) <= max(0, width - len(done) - len(regular)), "a fallback stands where a regular candidate could"
+    assert len(frontier) == min(width, len(done) + len(children))
+    for group in ([b for b in frontier if b.finished], [b for b in frontier if not b.finished]):
+        assert [b.fallback for b in group] == sorted(b.fallback for b in group)
+    assert sorted(b.reward for b in kept) == sorted(sorted((b.reward for b in children if b.fallback), reverse=True)[:len(kept)][::-1])
+
+
 @pytest.mark.exercise(7, points=1)
 def test_when_nothing_new_is_left_saffron_repeats_itself(tiny_policy, tiny_mrm):
     """It never runs dry: with one token to choose from, that is the reply."""
@@ -192,10 +212,10 @@ def test_candidates_of_an_unseen_nucleus():
     logits = torch.tensor([[5.0, 4.0, 1.0, 2.0], [1.0, 5.0, 6.0, 1.0]])
     unseen = torch.tensor([True, True, False, False])
     of = lambda top_p, temperature: [x.tolist() for x in candidates(logits, unseen, top_p, temperature)]
-    assert of(0.9, 1.0) == [[0, 1], [3, 2]]                                         # the most likely seen one
-    assert of(0.9, 0.0) == [[0, 1], [3, 2]]                                         # also when the policy is greedy
-    assert of(1.0, 1.0) == [[0, 0, 1, 1], [3, 2, 2, 3]]                             # most likely first
-    assert of(1.0, 0.0) == [[0, 1], [3, 2]]
+    assert of(0.9, 1.0) == [[0, 1], [3, 2], [True, False]]                          # the most likely seen one
+    assert of(0.9, 0.0) == [[0, 1], [3, 2], [True, False]]                          # also when the policy is greedy
+    assert of(1.0, 1.0) == [[0, 0, 1, 1], [3, 2, 2, 3], [False] * 4]                # most likely first
+    assert of(1.0, 0.0) == [[0, 1], [3, 2], [True, False]]
     with pytest.raises(BadInput, match="has not seen any token"):
         candidates(logits.index_fill(1, torch.tensor([2, 3]), -math.inf), unseen, 0.9, 1.0)
 

@@ -10,6 +10,7 @@ as they are, but that config.json gets the repository's name. For Llama 3 and Ll
 written too: the texts that the code of the paper's authors uses. readme.md says more.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import BadInput, Parser, read_json, reading, run, write_file     # noqa: E402
+from files import BadInput, Parser, read_json, read_text, run, write_file   # noqa: E402
 from data.download import NotThere, hub_file                # noqa: E402
 from model import checkpoint_files, read_config             # noqa: E402
 from tokenizer import Tokenizer                             # noqa: E402
@@ -65,8 +66,7 @@ def copy_file(source, path):
     if not source.is_file():
         raise NotThere(f"{source}: no such file")
     partial = path.with_name(path.name + ".partial")
-    with reading(source):
-        shutil.copyfile(source, partial)
+    shutil.copyfile(source, partial)
     os.replace(partial, path)
     return path
 
@@ -77,24 +77,23 @@ def prepare(get, repository, out):
     config.json comes last, so that an unfinished folder is not taken for a checkpoint."""
     download = out / "download"
     marker = download / "repository"
-    there = marker.read_text(encoding="utf-8") if marker.exists() else repository
+    done = (out / "config.json").exists()
+    there = read_text(marker) if marker.exists() else "another model" if done else repository
     if there != repository:
         raise BadInput(f"{out} is of {there}, not {repository}; choose another --out")
-    if (out / "config.json").exists():
+    if done:
         return
     write_file(marker, repository)
     config = read_json(get("config.json", download / "config.json"))
-    for name, folder in (("generation_config.json", out), ("tokenizer_config.json", out), ("chat_template.jinja", out),
-                         ("model.safetensors.index.json", out)):
-        try:
-            get(name, folder / name)
-        except NotThere:
-            pass
+    for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors.index.json"):
+        with contextlib.suppress(NotThere):
+            get(name, out / name)
     get("tokenizer.json", out / "tokenizer.json")
     if texts := templates(repository.partition("@")[0]):
         write_file(out / "templates.json", json.dumps(texts, indent=1) + "\n")
-    read_config(download)
-    Tokenizer(out)
+    size = read_config(out, download / "config.json").vocab_size
+    if Tokenizer(out).size > size:
+        raise BadInput(f"{repository}: its tokenizer has more tokens than vocab_size = {size}")
     for path in checkpoint_files(out):
         get(path.name, path)
     write_file(out / "config.json", json.dumps(config | {"_name_or_path": repository}, indent=1) + "\n")
