@@ -87,7 +87,7 @@ def read_results(out):
                 key = field(row, "safety", str), field(row, "width", int, 1), field(row, "row", int, 0)
                 if key[0] not in SEARCHES:
                     raise BadInput(f"{key[0]!r} is no search here")
-                field(row, "text", str), field(row, "asr", bool)
+                field(row, "text", str, default=None), field(row, "asr", bool, default=None)
                 found.setdefault(key, row)
     return list(found.values())
 
@@ -204,16 +204,16 @@ def interval(values):
 
 def summarize(results, tflop_limit):
     """One object for each method and width in the results, as the module's docstring describes them."""
-    undefended = {r["row"]: r["text"] for r in results if r["safety"] == "none"}
+    undefended = {r["row"]: r.get("text") for r in results if r["safety"] == "none"}
     summary, order = [], list(SEARCHES)
     runs = {(r["safety"], r["width"]) for r in results}
     for method, width in sorted(runs, key=lambda run: (order.index(run[0]), run[1])):
         mine = [r for r in results if (r["safety"], r["width"]) == (method, width)]
         harmful = [r for r in mine if r.get("category") != "harmless"]
-        harmless = [r | {"flagged": r["asr"]} for r in mine if r.get("category") == "harmless"]
+        harmless = [r | {"flagged": r.get("asr")} for r in mine if r.get("category") == "harmless"]
         for r in harmless:
             if r["row"] in undefended:
-                r["same"] = r["text"] == undefended[r["row"]]
+                r["same"] = r.get("text") == undefended[r["row"]]
         line = {"safety": method, "width": width, "prompts": len(harmful), "harmless_prompts": len(harmless)}
         for keys, rows in ((HARMFUL, harmful), (HARMLESS, harmless)):
             for key in keys:

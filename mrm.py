@@ -43,7 +43,8 @@ class Guard(nn.Module):
     def reward(self, hidden):
         """R of the sequences that end at these hidden states (suffix included, where the template has one):
         (..., d) -> (...)."""
-        return self.head(hidden).squeeze(-1)
+        wide = torch.promote_types(hidden.dtype, torch.float32)         # bfloat16 would round R to 1/64
+        return F.linear(hidden.to(wide), self.head.weight.to(wide), self.head.bias.to(wide)).squeeze(-1)
 
     def score(self, prompt, replies):
         """R of n replies to a Prompt, a token list each: (n,). Any object with this method can be a search's
@@ -74,8 +75,9 @@ class MRM(nn.Module):
 
     def child_rewards(self, hidden, children):
         """One entry M(s)_a for each s and its child a, without the others: (n, d), ints (n,) -> (n,)."""
-        unembedding = self.llama.lm_head.weight[children]                                   # (n, d)
-        return self.gain * (hidden * unembedding).sum(-1) + self.bias[children]
+        wide = torch.promote_types(hidden.dtype, torch.float32)         # bfloat16 would round M to 1/64
+        unembedding = self.llama.lm_head.weight[children].to(wide)                          # (n, d)
+        return self.gain.to(wide) * (hidden.to(wide) * unembedding).sum(-1) + self.bias[children]
 
     def conservative_rewards(self, hidden):
         """M_cons(s), the paper's Eq. 7: M(s), and −∞ for the tokens in V_unseen: (..., d) -> (..., V)."""
@@ -90,6 +92,20 @@ def partial_supervision_loss(mrm, hidden, children, rewards):
     (n,).
     """
     return F.mse_loss(mrm.child_rewards(hidden, children), rewards)
+
+
+def sibling_loss(mrm, hidden, children, rewards, prefixes):
+    """Not in the paper: how well M tells the next tokens of one prefix apart. The mean over labelled a, which
+    are siblings, of ((M(s)_a − mean M(s)) − (R(s·a) − mean R))², both means over the siblings after the same s.
+    R varies much more between prefixes than between siblings, so without this M learns of prefixes alone.
+
+    hidden: h(s) (m, d). children: the tokens a, ints (m,). rewards: R(s·a) (m,). prefixes: which siblings
+    have one s, ints from 0 on (m,).
+    """
+    error = mrm.child_rewards(hidden, children) - rewards
+    counts = torch.bincount(prefixes)
+    mean = torch.zeros_like(counts, dtype=error.dtype).index_add(0, prefixes, error) / counts
+    return (error - mean[prefixes]).square().mean()
 
 
 def unseen_tokens(replies, config, min_count=1):

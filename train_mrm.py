@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adapters import fill, guard_id, load_adapter, load_guard, load_llama, save_adapter
 from data.corpus import read_labels, read_rewards
-from mrm import MRM, Guard, add_lora, partial_supervision_loss, trained_tensors, unseen_tokens
+from mrm import MRM, Guard, add_lora, partial_supervision_loss, sibling_loss, trained_tensors, unseen_tokens
 
 WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or after so many tokens
 SMOOTHING = 0.02            # of the guard's labels
@@ -69,24 +69,28 @@ def weigh(examples, weights):
 def collate(examples, device):
     """Pad on the right: attention is causal, so no token sees the padding.
 
-    Returns tokens (B, T), and for each of the n reply tokens of the batch its row (n,), column (n,) and
-    target (n,).
+    Returns tokens (B, T), for each of the n reply tokens of the batch its row (n,), column (n,) and target
+    (n,), and for the m siblings five tensors (m,): row and column of the token before, the token, its reward,
+    and the number of its prefix.
     """
     length = max(len(e.context) + len(e.reply) for e in examples)
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
-    rows, columns, targets = [], [], []
+    rows, columns, targets, siblings, prefixes = [], [], [], [], {}
     for i, e in enumerate(examples):
         tokens[i, :len(e.context) + len(e.reply)] = torch.tensor(e.context + e.reply)
         rows += [i] * len(e.reply)
         columns += range(len(e.context), len(e.context) + len(e.reply))
         targets += e.targets
-    return [t.to(device) for t in (tokens, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets))]
+        siblings += [(i, len(e.context) + position - 1, token, reward, prefixes.setdefault((i, position), len(prefixes)))
+                     for position, token, reward in e.siblings]
+    to = lambda values: torch.tensor(values, device=device)
+    return tokens.to(device), to(rows), to(columns), to(targets), [to(column) for column in zip(*siblings)]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # objectives and validation
 
-def guard_loss(guard, tokens, rows, columns, targets):
+def guard_loss(guard, tokens, rows, columns, targets, *_):
     """Binary cross-entropy at every reply token; R is the log-odds of "safe". Labels are smoothed to 0.02 and
     0.98, so that R stays within about ±4: labels are not more certain than that."""
     rewards = guard.reward(guard.llama(tokens)[rows, columns])
@@ -94,28 +98,41 @@ def guard_loss(guard, tokens, rows, columns, targets):
     return F.binary_cross_entropy_with_logits(rewards, SMOOTHING + (1 - 2 * SMOOTHING) * safe)
 
 
-def mrm_loss(mrm, tokens, rows, columns, targets):
-    """Partial supervision (Eq. 5): the hidden state before a reply token predicts the reward after it."""
-    hidden = mrm.llama(tokens)[rows, columns - 1]
-    return partial_supervision_loss(mrm, hidden, tokens[rows, columns], targets.to(hidden.dtype))
+def mrm_loss(mrm, tokens, rows, columns, targets, siblings=(), weight=0.0):
+    """Partial supervision (Eq. 5): the hidden state before a reply token predicts the reward after it. Plus
+    weight · sibling_loss, where there are siblings."""
+    hidden = mrm.llama(tokens)
+    loss = partial_supervision_loss(mrm, hidden[rows, columns - 1], tokens[rows, columns], targets)
+    if weight and siblings:
+        rows, columns, children, rewards, prefixes = siblings
+        loss = loss + weight * sibling_loss(mrm, hidden[rows, columns], children, rewards, prefixes)
+    return loss
+
+
+def predictions(reward_model, examples, device, size=16):
+    """Each example's rewards at all of its reply tokens, by the guard or the MRM: a list of float arrays."""
+    return [values for values, _ in predictions_with_siblings(reward_model, examples, device, size)]
 
 
 @torch.no_grad()
-def predictions(reward_model, examples, device, size=16):
-    """Each example's rewards at all of its reply tokens, by the guard or the MRM: a list of float arrays."""
+def predictions_with_siblings(reward_model, examples, device, size=16):
+    """The same, in pairs with an MRM's predictions for the example's siblings."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].context + examples[i].reply))
     result = [None] * len(examples)
     for start in range(0, len(order), size):
         chunk = order[start:start + size]
-        tokens, rows, columns, _ = collate([examples[i] for i in chunk], device)
-        hidden = reward_model.llama(tokens)
+        tokens, rows, columns, _, siblings = collate([examples[i] for i in chunk], device)
+        hidden, others = reward_model.llama(tokens), torch.zeros(0)
         if isinstance(reward_model, MRM):
             rewards = reward_model.child_rewards(hidden[rows, columns - 1], tokens[rows, columns])
+            if siblings:
+                others = reward_model.child_rewards(hidden[siblings[0], siblings[1]], siblings[2])
         else:
             rewards = reward_model.reward(hidden[rows, columns])
-        lengths = [len(examples[i].reply) for i in chunk]
-        for i, values in zip(chunk, rewards.float().cpu().split(lengths)):
-            result[i] = values.numpy()
+        parts = zip(rewards.float().cpu().split([len(examples[i].reply) for i in chunk]),
+                    others.float().cpu().split([len(examples[i].siblings) if len(others) else 0 for i in chunk]))
+        for i, pair in zip(chunk, parts):
+            result[i] = [values.numpy() for values in pair]
     return result
 
 
@@ -139,11 +156,43 @@ def validate_guard(guard, examples, device):
 
 
 def validate_mrm(mrm, examples, device):
-    """MSE, R² and agreement in sign with the guard, over all reply tokens of the held-out replies."""
-    ours = np.concatenate(predictions(mrm, examples, device))
-    theirs = np.concatenate([e.targets for e in examples])
-    mse = np.mean((ours - theirs) ** 2)
-    return {"mse": mse, "r2": 1 - mse / theirs.var(), "sign agreement": np.mean((ours < 0) == (theirs < 0))}
+    """MSE, R² and agreement in sign with the guard, over all reply tokens of the held-out replies, and what
+    `compare_siblings` says: of each source (where there are several), then of all."""
+    pairs, report = predictions_with_siblings(mrm, examples, device), {}
+    sources = sorted({e.source for e in examples})
+    for source in (sources if len(sources) > 1 else []) + [None]:
+        mine = [(e, *pair) for e, pair in zip(examples, pairs) if source in (None, e.source)]
+        ours, theirs = np.concatenate([m for _, m, _ in mine]), np.concatenate([e.targets for e, _, _ in mine])
+        mse = np.mean((ours - theirs) ** 2)
+        numbers = {"mse": mse, "r2": 1 - mse / theirs.var(), "sign agreement": np.mean((ours < 0) == (theirs < 0))}
+        numbers |= compare_siblings([(e.siblings, m) for e, _, m in mine])
+        report |= {f"{source}: {key}" if source else key: value for key, value in numbers.items()}
+    return report
+
+
+def compare_siblings(replies):
+    """How well M tells the next tokens of one prefix apart. replies: (siblings of an Example, M of them).
+
+    within r2: 1 − centred squared error / variance of R, both within prefixes; a constant has 0. rank: mean
+    rank correlation of M and R. regret: R of the best sibling − R of the one that M likes best, on average;
+    beside it that of a random sibling, and of the policy's likeliest, which stands first."""
+    groups = {}
+    for i, (siblings, m) in enumerate(replies):
+        for (position, _, r), predicted in zip(siblings, m):
+            groups.setdefault((i, position), []).append((r, predicted))
+    groups = [np.array(group, float).T for group in groups.values()]                # (2, siblings): R and M
+    if not groups:
+        return {}
+    centred = [group - group.mean(1, keepdims=True) for group in groups]
+    error, variance = (sum(map(np.sum, parts)) for parts in (
+        [(m - r) ** 2 for r, m in centred], [r ** 2 for r, _ in centred]))
+    rank = lambda x: (x[:, None] > x).sum(1) + 0.5 * (x[:, None] == x).sum(1)
+    ranks = [np.corrcoef(rank(r), rank(m))[0, 1] for r, m in groups if np.ptp(r) > 0 and np.ptp(m) > 0]
+    return {"siblings": sum(len(r) for r, _ in groups), "within r2": 1 - error / variance,
+            "rank": np.mean(ranks) if ranks else 0.0,
+            "regret": np.mean([r.max() - r[m.argmax()] for r, m in groups]),
+            "of a random sibling": np.mean([r.max() - r.mean() for r, _ in groups]),
+            "of the likeliest": np.mean([r.max() - r[0] for r, _ in groups])}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -231,18 +280,21 @@ class Objective(nn.Module):
 
 
 def backward(objective, examples, args):
-    """The gradient of the mean loss over all reply tokens of a batch, into which every process puts its part;
-    returns that loss. A process takes --accumulate pieces of the batch, one after another; what it computes
-    is weighed by its share of the tokens, so that neither number changes the result (but for rounding)."""
+    """The gradient of the mean loss over all reply tokens of a batch (and of --siblings times that over all
+    siblings), into which every process puts its part; returns that loss. A process takes --accumulate pieces
+    of the batch, one after another; what it computes is weighed by its share of the tokens and siblings, so
+    that neither number changes the result (but for rounding)."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pieces, total = processes * args.accumulate, torch.zeros((), dtype=torch.float64, device=args.device)
     for i in range(args.accumulate):
         piece = examples[rank * args.accumulate + i::pieces]
         share = sum(len(e.reply) for e in piece) / sum(len(e.reply) for e in examples)
+        of_siblings = sum(len(e.siblings) for e in piece) / max(1, sum(len(e.siblings) for e in examples))
+        weight = args.siblings * of_siblings / share if piece else 0.0
         # Gradients go over the wire once, after the last piece. Who has no piece computes one, for nothing.
         last = i == args.accumulate - 1 or processes == 1
         with contextlib.nullcontext() if last else objective.no_sync():
-            loss = share * objective(*collate(piece or examples[:1], args.device))
+            loss = share * objective(*collate(piece or examples[:1], args.device), weight)
             (processes * loss).backward()                    # DistributedDataParallel averages over processes
         total += loss.detach()
     if processes > 1:
@@ -285,7 +337,8 @@ def train(args):
     if args.resume:
         step = load_checkpoint(checkpoint, args, reward_model, optimizer)
     log(f"{args.objective}: {len(training)} replies, {sum(len(e.reply) for e in training)} supervised tokens"
-        f", {sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps")
+        f", {sum(len(e.siblings) for e in training)} siblings, {sum(p.numel() for p in parameters)} trained parameters, "
+        f"{args.steps} steps")
     if not of_guard:
         log(f"seen tokens: {int((~reward_model.unseen).sum())} of {len(reward_model.unseen)}")
         log(f"rewards: {histogram(np.concatenate([e.targets for e in training]))}")
@@ -375,6 +428,8 @@ def main():
     add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
     add("--guard", metavar="PATH", help="MRM: refuse rewards that another guard has given than this one")
     add("--min_count", type=number(1), default=1, help="MRM: a token counts as seen from so many occurrences on")
+    add("--siblings", type=number(0, 1e6, float), default=10, help="MRM: weight of the error among the siblings of "
+        "a prefix, beside that of the next tokens (default: 10; 0 is the paper)")
     add("--accumulate", type=number(1), default=1, help="pieces of a process' part of a batch: less memory")
     add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="bfloat16: products in"
         " it, weights in float32; faster where the hardware multiplies in it")

@@ -2,7 +2,7 @@
 Reads the data sets: labelled replies, replies with rewards, and the requests of an evaluation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters import read_metadata
@@ -13,11 +13,12 @@ from model import read_tensors
 @dataclass
 class Example:
     """One reply. targets: the label (0 safe, 1 unsafe) or the guard's reward, one number for each reply
-    token."""
+    token. siblings: (position, token, reward) of tokens that could follow reply[:position], by position."""
     source: str
     context: list               # tokens up to the reply
     reply: list                 # tokens of the reply
     targets: list
+    siblings: list = field(default_factory=list)
 
 
 def read_labels(path, llama, max_prompt, max_reply):
@@ -65,8 +66,13 @@ def read_rewards(folder, llama, guard=None):
             sources = [meta["source_names"][i] for i in data["sources"].tolist()]
             rows = zip(data["held_out"].tolist(), sources, split("prompts", "prompt_lengths"),
                        split("replies", "reply_lengths"), split("rewards", "reply_lengths"))
-        for is_held_out, source, prompt, reply, rewards in rows:
-            (held_out if is_held_out else training).append(Example(source, template(prompt), reply, rewards))
+            siblings = [[] for _ in sources]                                # of a corpus that has none
+            if "sibling_counts" in data:
+                columns = (split(f"sibling_{name}", "sibling_counts") for name in ("positions", "tokens", "rewards"))
+                siblings = [list(zip(*labels)) for labels in zip(*columns, strict=True)]
+        for (is_held_out, source, prompt, reply, rewards), labels in zip(rows, siblings):
+            example = Example(source, template(prompt), reply, rewards, labels)
+            (held_out if is_held_out else training).append(example)
     return training, held_out
 
 

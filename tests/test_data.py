@@ -240,7 +240,7 @@ def small_corpus(smollm2_folder, tmp_path_factory):
         out.mkdir(exist_ok=True)
         return run(ROOT / "data" / "safety_rewards" / "prepare.py", "--from", folder, "--labels", folder / "train.jsonl",
                    "--out", out, "--hh_replies", 10, "--policy_batches", 2, "--refused_batches", 1, "--ordinary_batches", 1,
-                   "--synthetic", 2, "--max_reply", 7, "--shards", 3, *options)
+                   "--synthetic", 2, "--max_reply", 7, "--shards", 3, "--hidden", 0, "--siblings", 0, *options)
     return make
 
 
@@ -272,6 +272,31 @@ def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_
     for example in both[0][::20]:
         hidden = guard.llama(torch.tensor([example.context + example.reply]))[0, len(example.context):]
         assert guard.reward(hidden).tolist() == pytest.approx(example.targets, abs=1e-2)
+
+
+def test_siblings_and_hidden_prefills(small_corpus, smollm2, guard, tmp_path):
+    """Up to k tokens of the policy's nucleus, the likeliest first, with R of what they would make of the reply; and
+    prefilled replies once more, beginning after the prefill, which the policy alone has read."""
+    status, log, error = small_corpus(tmp_path, "--siblings", 3, "--hidden", 1, "--policy_batches", 1, "--refused_batches", 0,
+                                      "--ordinary_batches", 0, "--hh_replies", 2, "--shards", 1, "--max_reply", 12)
+    assert status == 0 and "policy, hidden prefill: " in log, error
+    training, held_out = read_rewards(tmp_path, smollm2)
+    examples = training + held_out
+    hidden = [e for e in examples if e.source == "policy, hidden prefill"]
+    whole = [e for e in examples if e.source.startswith("policy, ") and e not in hidden]
+    assert hidden and all(any(e.reply == w.reply[-len(e.reply):] and e.context == w.context for w in whole) for e in hidden)
+    assert any(e.siblings for e in hidden) and any(e.siblings for e in examples if e.source == "hh_rlhf")
+    for e in [e for e in hidden if e.siblings][:2] + [e for e in whole if e.siblings][:2]:
+        positions = [position for position, _, _ in e.siblings]
+        assert max(positions.count(position) for position in positions) <= 3 and {p % 4 for p in positions} == {positions[0] % 4}
+        for position, token, reward in e.siblings[:4]:
+            sequence = torch.tensor([e.context + e.reply[:position] + [token]])
+            assert guard.reward(guard.llama(sequence)[0, -1]).item() == pytest.approx(reward, abs=1e-3)
+    e = next(e for e in whole if e.siblings)                    # the likeliest first
+    position, token, _ = e.siblings[0]
+    prompt = e.context[len(guard.template.prefix):len(e.context) - len(guard.template.infix)]
+    logits = smollm2.logits(smollm2(torch.tensor([smollm2.template(prompt, e.reply[:position])]))[0, -1])
+    assert logits.argmax() == token
 
 
 def test_only_missing_shards_are_made(small_corpus, tmp_path):

@@ -314,7 +314,7 @@ def test_a_corpus_and_an_mrm_from_llama_guard(checkpoints, llama_guard, tmp_path
         write_dialogues(tmp_path, split, [dialogues])
     run = lambda *args: subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     done = run("data/safety_rewards/prepare.py", "--from", tmp_path, "--out", tmp_path, "--policy", checkpoints[POLICY], "--guard",
-               checkpoints[GUARD], "--hh_replies", "all", "--policy_batches", 0, "--refused_batches", 0, "--ordinary_batches", 0,
+               checkpoints[GUARD], "--hh_replies", "all", "--policy_batches", 0, "--refused_batches", 0, "--ordinary_batches", 0, "--siblings", 0,
                "--shards", 2, "--dtype", "float64")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -19,7 +19,8 @@ from tokenizer import Template
 from model import Llama
 from adapters import read_metadata
 from data.corpus import Example, read_labels, read_rewards
-from train_mrm import auc, batches, collate, guard_loss, mrm_loss, predictions, weigh
+from mrm import sibling_loss
+from train_mrm import auc, batches, collate, compare_siblings, guard_loss, mrm_loss, predictions, weigh
 
 SHARD = "corpus-00-of-01.safetensors"
 
@@ -227,6 +228,68 @@ def test_a_prefill_is_unsafe_whatever_follows(base, tmp_path):
     assert spelled(llama.tokenizer, whole.reply) == "uvwxyz<e>" and whole.targets == [1.0] * 3 + [0.0] * 4
     cut, = read_labels(tmp_path / "train.jsonl", llama, 3, 5)
     assert cut.reply == whole.reply[:5] and cut.targets == whole.targets[:5]
+
+
+def test_the_sibling_loss_sees_differences_only(tiny_mrm):
+    """It is the squared error of what is left when each prefix' mean is taken out, of M and of R."""
+    torch.manual_seed(0)
+    hidden, children = torch.randn(7, 48, dtype=torch.float64), torch.randint(512, (7,))
+    rewards, prefixes = torch.randn(7, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    m = tiny_mrm.child_rewards(hidden, children)
+    expected = []
+    for prefix in range(3):
+        mine = prefixes == prefix
+        expected += (((m[mine] - m[mine].mean()) - (rewards[mine] - rewards[mine].mean())) ** 2).tolist()
+    loss = sibling_loss(tiny_mrm, hidden, children, rewards, prefixes)
+    assert loss.item() == pytest.approx(np.mean(expected), abs=1e-12)
+    shifted = rewards + torch.tensor([5.0, -3.0, 8.0], dtype=torch.float64)[prefixes]
+    assert sibling_loss(tiny_mrm, hidden, children, shifted, prefixes).item() == pytest.approx(loss.item(), abs=1e-9)
+
+
+def test_siblings_in_a_batch_are_those_of_the_sequences_alone(tiny_mrm):
+    """mrm_loss with siblings against M(s) in full, read off prefix by prefix; weight 0 is the paper's loss."""
+    one = Example("s", [1, 2], [30, 31, 32], [0.5, -1.0, 2.0], [(0, 40, 1.0), (0, 41, 0.0), (2, 42, -1.0), (2, 43, 0.5)])
+    two = Example("s", [1, 2, 3], [33], [0.1], [(0, 44, 1.0), (0, 45, 2.0)])
+    batch = collate([one, two], "cpu")
+    errors = []
+    for e in (one, two):
+        for position in sorted({p for p, _, _ in e.siblings}):
+            m = tiny_mrm.next_rewards(tiny_mrm.llama(torch.tensor([e.context + e.reply[:position]]))[0, -1])
+            pairs = np.array([(m[token].item(), reward) for p, token, reward in e.siblings if p == position])
+            errors += ((pairs[:, 0] - pairs[:, 0].mean()) - (pairs[:, 1] - pairs[:, 1].mean())).tolist()
+    paper = mrm_loss(tiny_mrm, *batch)
+    assert paper == mrm_loss(tiny_mrm, *batch, 0.0)
+    assert (mrm_loss(tiny_mrm, *batch, 3.0) - paper).item() == pytest.approx(3 * np.mean(np.square(errors)), abs=1e-9)
+
+
+def test_siblings_are_compared_as_the_docstring_says():
+    """A perfect M, a constant one, and one that is always wrong."""
+    r = [(0, 5, 1.0), (0, 6, 3.0), (0, 7, 2.0), (4, 5, 0.0), (4, 6, -1.0)]
+    theirs = np.array([x for _, _, x in r])
+    perfect, constant, wrong = (compare_siblings([(r, m)]) for m in (theirs + np.array([9, 9, 9, 0, 0]), theirs * 0, -theirs))
+    assert perfect["within r2"] == 1 and perfect["rank"] == 1 and perfect["regret"] == 0
+    assert constant["within r2"] == 0 and constant["regret"] == constant["of the likeliest"] == (2 + 0) / 2
+    assert wrong["rank"] == -1 and wrong["regret"] == (2 + 1) / 2 and wrong["within r2"] == -3
+    assert perfect["of a random sibling"] == (1 + 0.5) / 2 and perfect["siblings"] == 5 and compare_siblings([([], [])]) == {}
+
+
+def test_training_on_siblings_tells_them_apart(rewards, base, tmp_path, monkeypatch, capsys):
+    """Of a corpus where only the next token matters, in any number of processes' pieces the same."""
+    tensors = load_file(rewards / SHARD)
+    lengths = tensors["reply_lengths"]
+    tokens = torch.tensor([25, 35, 27, 33] * len(lengths), dtype=torch.int32)
+    tensors |= {"sibling_counts": torch.full_like(lengths, 4), "sibling_positions": torch.ones(len(tokens), dtype=torch.int32),
+                "sibling_tokens": tokens, "sibling_rewards": (tokens < 30).float() * 2 - 1}
+    (tmp_path / "data").mkdir()
+    copy_shard(rewards / SHARD, tmp_path / "data" / SHARD, tensors)
+    finals = []
+    for name, more in (("one", []), ("two", ["--accumulate", 2])):
+        run(monkeypatch, *options("mrm", tmp_path / "data", base, tmp_path / f"{name}.safetensors"), *more)
+        log = capsys.readouterr().out
+        assert "128 siblings" in log
+        finals.append(dict(pair.rsplit(" ", 1) for pair in log.strip().splitlines()[-1].split(": ", 1)[1].split(", ")))
+    assert float(finals[0]["within r2"]) > 0.8 and float(finals[0]["regret"]) < 0.1 < float(finals[0]["of a random sibling"])
+    assert float(finals[1]["within r2"]) == pytest.approx(float(finals[0]["within r2"]), abs=0.05)
 
 
 def examples(lengths):

@@ -40,8 +40,9 @@ from trie_cache import TrieCache, compute                   # noqa: E402
 
 HH_FILE = "hh_rlhf/harmless-base/{}.jsonl.gz"
 HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/{}.jsonl.gz"
-SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "policy, ordinary"]
+SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "policy, ordinary", "policy, hidden prefill"]
 PROMPTS_A_BATCH, REPLIES_A_PROMPT = 8, 4
+SIBLINGS_EVERY = 4              # tokens of a reply; where siblings are labelled
 
 
 def read_hh(local, split):
@@ -142,7 +143,7 @@ def sample_batch(policy, requests, turns, source, max_prompt, max_reply, seed):
             turn = policy.tokenizer.encode(pick.choice(turns))[:pick.randint(1, 12)] if turns else []
             begun = (prefill + turn)[:max_reply]
             rows.append({"source": 1 + i % 2 if source is None else source, "prompt": prompt, "reply": begun,
-                         "held_out": held_out})
+                         "held_out": held_out, "prefill": prefill})
             tries.append(trie)
             nodes.append(trie.insert(trie.root, policy.template(prompt, begun)))
     go_on(policy, tries, nodes, [r["reply"] for r in rows], max_reply, generator, uniform=lambda i: i % 2 == 1)
@@ -160,9 +161,39 @@ def own_replies(policy, harmful, ordinary, turns, batches, args):
         chosen = [requests[(start * PROMPTS_A_BATCH + i) % len(requests)] for i in range(PROMPTS_A_BATCH)]
         refused = batch < args.refused_batches
         source = 3 if refused else 4 if batch >= first_ordinary else None
-        rows += sample_batch(policy, chosen, turns if refused else [], source, args.max_prompt, args.max_reply,
-                             args.seed + batch)
+        new = sample_batch(policy, chosen, turns if refused else [], source, args.max_prompt, args.max_reply,
+                           args.seed + batch)
+        pick = random.Random(args.seed + batch)
+        rows += new + [hide_prefill(row) for row in new
+                       if 0 < len(row["prefill"]) < len(row["reply"]) and pick.random() < args.hidden]
     return rows
+
+
+def hide_prefill(row):
+    """The reply as guard and MRM see it under --hide_prefill: it begins after the prefill."""
+    return row | {"source": len(SOURCES) - 1, "reply": row["reply"][len(row["prefill"]):]}
+
+
+@torch.no_grad()
+def sibling_labels(policy, guard, row, most, generator):
+    """[(position, token, R)]: at every SIBLINGS_EVERY-th position of a reply, from a random one on, up to `most` tokens
+    of the policy's nucleus, with the guard's reward if that token came next. The likeliest stands first, the others are
+    drawn uniformly. The guard reads the whole in a trie, where each costs one token."""
+    reply, labels = row["reply"], []
+    before = row["prefill"] if row["source"] == len(SOURCES) - 1 else []            # what the policy alone reads
+    context = policy.template(row["prompt"], before)
+    start = torch.randint(SIBLINGS_EVERY, (), generator=generator).item()
+    positions = range(start, len(reply), SIBLINGS_EVERY)
+    hidden = policy(torch.tensor([context + reply], device=policy.device))[0]
+    hidden = hidden[[len(context) + position - 1 for position in positions]]
+    for position, p in zip(positions, next_logits(policy, hidden, length=0, min_new_tokens=0).softmax(-1)):
+        tokens = nucleus(p, 0.8).tolist()
+        others = torch.randperm(len(tokens) - 1, generator=generator)[:most - 1].sort().values.tolist()
+        labels += [(position, token) for token in [tokens[0], *(tokens[1 + i] for i in others)] if others]
+    if not labels:
+        return []
+    rewards = score(guard, Prompt(row["prompt"]), [reply[:position] + [token] for position, token in labels])
+    return [(*label, reward) for label, reward in zip(labels, rewards.tolist())]
 
 
 def rewards_after_each_token(guard, examples, device, size=16):
@@ -182,8 +213,9 @@ def rewards_after_each_token(guard, examples, device, size=16):
     return result
 
 
-def write_shard(path, rows, rewards, metadata):
-    """A shard as readme.md describes it, written to a temporary name and renamed."""
+def write_shard(path, rows, rewards, siblings, metadata):
+    """A shard as readme.md describes it, written to a temporary name and renamed. siblings: of each row its
+    `sibling_labels`."""
     flat = lambda lists: torch.tensor([value for values in lists for value in values])
     lengths = lambda lists: torch.tensor([len(values) for values in lists])
     prompts, replies = [r["prompt"] for r in rows], [r["reply"] for r in rows]
@@ -192,6 +224,10 @@ def write_shard(path, rows, rewards, metadata):
                "prompts": flat(prompts).int(), "prompt_lengths": lengths(prompts),
                "replies": flat(replies).int(), "reply_lengths": lengths(replies),
                "rewards": check_finite(torch.cat([torch.from_numpy(r) for r in rewards]), "the guard gives rewards")}
+    if any(siblings):
+        positions, tokens, values = zip(*(label for labels in siblings for label in labels))
+        tensors |= {"sibling_counts": lengths(siblings), "sibling_positions": torch.tensor(positions).int(),
+                    "sibling_tokens": torch.tensor(tokens).int(), "sibling_rewards": torch.tensor(values)}
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
     write_file(path, save(tensors, metadata))
 
@@ -230,6 +266,10 @@ def main():
     add("--policy_batches", type=number(0), default=48, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
     add("--refused_batches", type=number(0), default=20, help="the same, with the beginning of a refusal after the prefill")
     add("--ordinary_batches", type=number(0), default=20, help="the same, of replies to ordinary requests")
+    add("--hidden", type=number(0, 1, float), default=0.5, help="share of prefilled replies that are there again without "
+        "the prefill (default: 0.5)")
+    add("--siblings", type=number(0), default=6, help="next tokens that are labelled at every fourth position, at most "
+        "(default: 6; 0: none)")
     add("--synthetic", type=number(0), default=160, help="ordinary requests that the policy makes up, beside XSTest's safe ones")
     add("--max_prompt", type=number(1), default=64, help="tokens kept of a prompt, the last ones")
     add("--max_reply", type=number(1), default=56, help="tokens of a reply, prefill included")
@@ -282,8 +322,13 @@ def main():
         else:                                               # a guard of another vocabulary reads each beginning's text
             beginnings = lambda reply: [reply[:end] for end in range(1, len(reply) + 1)]
             rewards = [score(asked, Prompt(r["prompt"]), beginnings(r["reply"])).float().cpu().numpy() for r in rows]
-        write_shard(path, rows, rewards, metadata)
+        generator, siblings = torch.Generator().manual_seed(args.seed + k), [[] for _ in rows]
+        if args.siblings:
+            siblings = [sibling_labels(policy, asked, row, args.siblings, generator)
+                        for row in tqdm(rows, desc="siblings", unit="reply", file=sys.stderr)]
+        write_shard(path, rows, rewards, siblings, metadata)
         report(path.name, rows, rewards)
+        print(f"{path.name}: {sum(map(len, siblings))} siblings", flush=True)
     write_manifest(args.out, paths, metadata)
 
 
