@@ -45,7 +45,8 @@ def load_guard(path, llama):
     """The guard at `path`: a Llama Guard's folder (maybe that of `llama`), or an adapter on `llama`. Those of
     this repository are adapters on the default weights, whatever `llama` is."""
     if not Path(path).is_dir():
-        if Path(path).resolve().parent == DEFAULT and read_metadata(path).get("base_fingerprint") != llama.fingerprint:
+        base = read_metadata(path).get("base_fingerprint")
+        if Path(path).resolve().parent == DEFAULT and base != llama.fingerprint:
             llama = load_llama(DEFAULT, llama.dtype, llama.device)
         return load_adapter(path, llama, "guard")
     other = Llama.load(path, llama.dtype, llama.device)
@@ -134,10 +135,10 @@ def load_released_mrm(folder, llama, template):
     config = read_json(path)
     with reading(path, "a LoRA config with r, lora_alpha and target_modules"):
         check_keys(config, dict.fromkeys(
-            "r lora_alpha target_modules base_model_name_or_path revision auto_mapping inference_mode task_type "
-            "lora_dropout layers_pattern megatron_core peft_version".split())
-            # pissa and olora change the base weights too, of which the file does not tell
-            | {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "eva"]})
+            "r lora_alpha target_modules base_model_name_or_path revision auto_mapping inference_mode "
+            "task_type lora_dropout layers_pattern megatron_core peft_version".split())
+            | {"peft_type": ["LORA"], "bias": ["none"],
+               "init_lora_weights": [True, False, "gaussian", "eva"]})      # others change the base too
         rank, alpha = config["r"], config["lora_alpha"]
         first_layer, targets = lora_targets(config["target_modules"], llama.config.num_hidden_layers)
         llama = add_lora(llama, rank, alpha, targets, first_layer)
@@ -152,15 +153,17 @@ def load_released_mrm(folder, llama, template):
 def lora_targets(modules, layers):
     """(first layer, projections) that PEFT's target_modules mean: ends of names, whole names, or a regular
     expression for whole names. Raises BadInput unless they are the same projections in the last layers."""
-    name = lambda layer, last: f"model.layers.{layer}.{'mlp' if last in PROJECTIONS[4:] else 'self_attn'}.{last}"
+    part = lambda last: "mlp" if last in ("gate_proj", "up_proj", "down_proj") else "self_attn"
     if modules == "all-linear":
         modules = PROJECTIONS
     meant = (lambda whole: re.fullmatch(modules, whole)) if isinstance(modules, str) else (
         lambda whole: any(f".{whole}".endswith(f".{module}") for module in modules))
-    found = [(layer, last) for layer in range(layers) for last in PROJECTIONS if meant(name(layer, last))]
+    found = [(layer, last) for layer in range(layers) for last in PROJECTIONS
+             if meant(f"model.layers.{layer}.{part(last)}.{last}")]
     targets = sorted({last for _, last in found})
     if not found or len(found) < len(targets) * (layers - found[0][0]):
-        raise BadInput(f"target_modules = {str(modules)[:80]} are not the same projections of all last layers")
+        raise BadInput(f"target_modules = {str(modules)[:80]}: expected the same projections in all layers, "
+                       "or in all from one on")
     return found[0][0], targets
 
 

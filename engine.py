@@ -29,7 +29,7 @@ class Branch:
     finished: bool = False                          # whether its last token is end-of-sequence
     parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
     log_prob: float = 0.0                           # log π of all its tokens, where the search adds it up
-    fallback: bool = False                          # whether its last token stood outside a nucleus unseen as a whole
+    fallback: bool = False                          # whether its last token stood outside an unseen nucleus
 
 
 class Ask(NamedTuple):
@@ -220,8 +220,8 @@ class Reader:
 
 
 class BridgeReader(Reader):
-    """A Reader for a guard with another vocabulary. It encodes the whole reply each time, and goes on from the
-    longest beginning that is in the trie."""
+    """A Reader for a guard with another vocabulary. It encodes the whole reply each time, and goes on from
+    the longest beginning that is in the trie."""
 
     def __init__(self, bridge, prompt):
         self.bridge, guard = bridge, bridge.guard
@@ -253,7 +253,8 @@ class Scorer:
         return []
 
     def answer(self):
-        return score(self.guard, self.prompt, [branch.tokens for branch in self.asked]) if self.asked else None
+        replies = [branch.tokens for branch in self.asked]
+        return score(self.guard, self.prompt, replies) if replies else None
 
 
 def reward_reader(reward_model, prompt):
@@ -334,7 +335,7 @@ def check_options(options):
 def check_prompt(policy, reward_model, prompt, max_new_tokens):
     """Raises BadInput for a prompt too long for a model, or two vocabularies."""
     if policy.template is None:
-        policy.tokenizer.template("chat")                   # raises BadInput, which says where one is looked for
+        policy.tokenizer.template("chat")                   # raises BadInput: it says where one could be
     readers = [(policy, prompt.policy_tokens(policy.template))]
     if isinstance(reward_model, Bridge):
         reward_model, prompt = reward_model.guard, reward_model.prompt(prompt)
@@ -357,5 +358,5 @@ def check_vocabulary(policy, other, for_mrm=True):
     known = policy.vocabulary and other.vocabulary
     if known and policy.vocabulary != other.vocabulary or not same_size and (for_mrm or not known):
         raise BadInput(f"the policy {policy.config.name} and the reward model on {other.config.name} have "
-                       "different vocabularies; an MRM must share the policy's: data/safety_rewards/prepare.py "
-                       "--policy DIR and train_mrm.py --objective mrm --base DIR make one")
+                       "different vocabularies; an MRM must share the policy's: data/safety_rewards/"
+                       "prepare.py --policy DIR and train_mrm.py --objective mrm --base DIR make one")

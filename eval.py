@@ -35,7 +35,8 @@ import re
 import sys
 from pathlib import Path
 
-from files import BadInput, Parser, check_output, field, locked, number, read_json, reading, run, write_file
+from files import (BadInput, Parser, check_output, field, locked, number, read_json, reading, run,
+                   write_file)
 
 import numpy as np
 import torch
@@ -75,8 +76,8 @@ def attacked(row, tokenizer, args):
 
 def read_results(out):
     """What earlier runs have written, each reply once: results.jsonl, and the files of other processes that
-    were not merged. A last line that was cut off is passed over. Raises BadInput that names a line which is no
-    result."""
+    were not merged. A last line that was cut off is passed over. Raises BadInput that names a line which is
+    no result."""
     found = {}
     for path in sorted(out.glob("results*.jsonl"), reverse=True):       # results.jsonl before results-1.jsonl
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
@@ -141,7 +142,8 @@ class Measures:
         contexts = {i: self.prompts[i].reward_tokens(guard.template) for i in replies}
         replies = {i: reply + guard.template.suffix for i, reply in replies.items()}
         hidden = self.hidden(guard.llama, contexts, replies)
-        return {i: check_finite(guard.reward(h[-1]), "the guard gives rewards").item() for i, h in hidden.items()}
+        finite = lambda reward: check_finite(reward, "the guard gives rewards").item()
+        return {i: finite(guard.reward(h[-1])) for i, h in hidden.items()}
 
     def __call__(self, results):
         """What results.jsonl keeps of the Results of one search."""
@@ -182,7 +184,7 @@ def evaluate(rows, runs, done, file, models, args, show):
                 results = SEARCHES[method].search(policy, reward_models[method], [prompts[i] for i in todo],
                                                   width=width, **options)
                 for i, answer in measures(dict(zip(todo, results))).items():
-                    line = {"row": i, "safety": method, "width": width} | answer    # wins over keys of the data
+                    line = {"row": i, "safety": method, "width": width} | answer    # wins over the data's
                     file.write(json.dumps(line | rows[i] | line, ensure_ascii=False, allow_nan=False) + "\n")
                     if rows[i].get("category") != "harmless":
                         hits[method, width].append(answer["asr"])
@@ -253,19 +255,22 @@ def parse_arguments():
     add("--safety", default="none,best_of_n,saffron", help="methods; beam:1/2 is one with widths of its own")
     add("--width", default="4", help="widths, such as 1,4,16 (none has no width)")
     add("--attack", choices=["none", "prefill", "suffix"], default="prefill")
-    add("--prefill_tokens", type=number(0), default=10, help="tokens of the response that the reply begins with")
+    add("--prefill_tokens", type=number(0), default=10, help="tokens of the response that the reply begins "
+        "with")
     add("--hide_prefill", action="store_true", help="keep the prefill from guard, MRM and judge")
     add("--suffix", default="", help="what --attack suffix appends to each prompt (default: the row's own)")
     add_search_options(add)
     add("--limit", type=number(1), help="use only the first rows of each file")
     add("--batch", type=number(1), default=1, help="prompts searched side by side; changes no reply")
-    add("--tflop_limit", type=number(1e-12, 1e12, float), help="for scaleff (default: the tflop of the costliest method)")
+    add("--tflop_limit", type=number(1e-12, 1e12, float), help="for scaleff (default: the tflop of the "
+        "costliest method)")
     add("--plot", action="store_true", help="draw OUT/asr.png")
     add("--out", required=True, type=Path, metavar="DIR")
     add_model_options(add)
     add("--judge", default=DEFAULT / "judge.safetensors", metavar="PATH", help="as --guard")
     args = parser.parse_args()
-    args.guard, args.mrm = args.guard or DEFAULT / "guard.safetensors", args.mrm or DEFAULT / "mrm.safetensors"
+    args.guard = args.guard or DEFAULT / "guard.safetensors"
+    args.mrm = args.mrm or DEFAULT / "mrm.safetensors"
     args.runs = parse_runs(args.safety, args.width)
     check_options(vars(args) | {"width": max(width for _, width in args.runs)})
     if args.plot and importlib.util.find_spec("matplotlib") is None:

@@ -77,7 +77,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message):
-        self.exit(2, printable(f"{self.prog}: {message} (--help lists all options)".replace("\n", " ")) + "\n")
+        line = f"{self.prog}: {message} (--help lists all options)".replace("\n", " ")
+        self.exit(2, f"{printable(line)}\n")
 
 
 def number(low, high=2 ** 31, kind=int):
@@ -166,7 +167,7 @@ def read_jsonl(path):
     for i, line in read_lines(path):
         with reading(f"{path}, line {i}", "a JSON object of valid Unicode"):
             row = dict(json.loads(line).items())
-            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()   # refuses half of an emoji, "\\ud83d"
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()   # fails on half an emoji
             yield i, row
 
 
@@ -185,7 +186,7 @@ def locked(folder):
                 import fcntl
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BadInput(f"{folder}: another run is at work in it; wait for it, or choose another") from None
+            raise BadInput(f"{folder}: another run is at work there; wait, or choose another") from None
         yield
     finally:
         os.close(handle)

@@ -237,10 +237,11 @@ class Llama(nn.Module):
 # checkpoints
 
 # Keys of config.json that do not affect the result. All others must be read, or null, false or empty.
-NEUTRAL = """architectures model_type _name_or_path torch_dtype dtype transformers_version bos_token_id pad_token_id
-    unk_token_id initializer_range attention_dropout use_cache pretraining_tp max_window_layers layer_types is_decoder
-    is_llama_config tokenizer_class auto_map task_specific_params transformers.js_config unsloth_version unsloth_fixed
-    keys_to_ignore_at_inference _attn_implementation_autoset return_dict id2label label2id max_length""".split()
+NEUTRAL = """architectures model_type _name_or_path torch_dtype dtype transformers_version bos_token_id
+    pad_token_id unk_token_id initializer_range attention_dropout use_cache pretraining_tp max_window_layers
+    layer_types is_decoder is_llama_config tokenizer_class auto_map task_specific_params
+    transformers.js_config unsloth_version unsloth_fixed keys_to_ignore_at_inference
+    _attn_implementation_autoset return_dict id2label label2id max_length""".split()
 
 
 def read_config(folder, path=None):
@@ -271,16 +272,18 @@ def read_config(folder, path=None):
             num_hidden_layers=integer("num_hidden_layers", 1000), num_attention_heads=heads,
             num_key_value_heads=kv_heads, max_position_embeddings=length,
             head_dim=integer("head_dim", 2 ** 16, 128 if family == "qwen3" else width // heads),
-            rms_norm_eps=field(raw, "rms_norm_eps", float, 0, 1, 1e-6), rope_theta=theta, rope_scaling=scaling,
+            rms_norm_eps=field(raw, "rms_norm_eps", float, 0, 1, 1e-6),
+            rope_theta=theta, rope_scaling=scaling,
             tie_word_embeddings=field(raw, "tie_word_embeddings", bool, default=False),
             eos_token_ids=tuple(dict.fromkeys(
-                i for ids in (raw.get("eos_token_id"), also) for i in (ids if isinstance(ids, list) else [ids])
-                if i is not None)),
+                i for ids in (raw.get("eos_token_id"), also)
+                for i in (ids if isinstance(ids, list) else [ids]) if i is not None)),
             qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
             name=field(raw, "_name_or_path", str, default="") or folder.resolve().name)
         own = {"qkv_bias", "qk_norm", "eos_token_ids", "name"}      # fields of ours, not of config.json
-        check_keys(raw, dict.fromkeys([*NEUTRAL, *(vars(config).keys() - own), "rope_parameters", "sliding_window",
-                                       "eos_token_id", "use_sliding_window"]) | {"hidden_act": ["silu"]})
+        read = [*(vars(config).keys() - own), "rope_parameters", "eos_token_id", "sliding_window",
+                "use_sliding_window"]
+        check_keys(raw, dict.fromkeys(NEUTRAL + read) | {"hidden_act": ["silu"]})
         if heads % kv_heads or config.head_dim % 2:
             raise BadInput("num_attention_heads is no multiple of num_key_value_heads, or head_dim is odd")
         for i in config.eos_token_ids:
@@ -313,7 +316,7 @@ def read_weights(folder, model, dtype, device):
                 raise BadInput(f"{path}: tensor {name} does not belong to a model of this config.json")
             shape = wanted["model.embed_tokens.weight" if tied and name == "lm_head.weight" else name]
             if tensor.shape != shape or not tensor.is_floating_point():
-                raise BadInput(f"{path}: tensor {name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, "
+                raise BadInput(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, type {tensor.dtype}, "
                                f"config.json asks for {tuple(shape)} of floating point")
             if name in wanted:
                 first_rows[name] = tensor[0].float().numpy().tobytes()          # before rounding to dtype
@@ -328,7 +331,7 @@ def read_weights(folder, model, dtype, device):
 
 
 def checkpoint_files(folder):
-    """The safetensors files of a checkpoint: as in transformers the single file, or else the index's shards."""
+    """The safetensors files of a checkpoint: the single file, or else (as in transformers) the index's."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists() or not index.exists():
         return [single]
@@ -351,8 +354,9 @@ def read_tensors(path):
 # products that are fast on a CPU
 
 class Linear(nn.Module):
-    """y = x Wᵀ, in Qwen2's q, k and v with a bias. On a CPU, where no gradient is asked for, by oneDNN on a packed W: with few
-    rows a product costs what reading W costs, and a packed W is read two to three times as fast."""
+    """y = x Wᵀ, for Qwen2's q, k, v with a bias. On a CPU, where no gradient is asked for, by oneDNN on a
+    packed W: with few rows a product costs what reading W costs, and a packed W is read two to three times as
+    fast."""
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__()

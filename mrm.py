@@ -95,9 +95,9 @@ def partial_supervision_loss(mrm, hidden, children, rewards):
 
 
 def sibling_loss(mrm, hidden, children, rewards, prefixes):
-    """Not in the paper: how well M tells the next tokens of one prefix apart. The mean over labelled a, which
-    are siblings, of ((M(s)_a − mean M(s)) − (R(s·a) − mean R))², both means over the siblings after the same s.
-    R varies much more between prefixes than between siblings, so without this M learns of prefixes alone.
+    """Not in the paper: how well M tells the next tokens of one prefix apart. Siblings are labelled tokens a
+    that could follow the same s. The mean of ((M(s)_a − mean M(s)) − (R(s·a) − mean R))² over all of them,
+    both means over the siblings after one s. (R varies much more between prefixes than between siblings.)
 
     hidden: h(s) (m, d). children: the tokens a, ints (m,). rewards: R(s·a) (m,). prefixes: which siblings
     have one s, ints from 0 on (m,).
@@ -136,13 +136,13 @@ def check_finite(values, giving):
     """The values. giving: who gives what. Raises BadInput for nan, which looks safe as nan < 0 is false, and
     for infinity."""
     if not values.isfinite().all():
-        raise BadInput(f"{giving} that are not numbers, or not finite; its weights, or their dtype, are to blame")
+        raise BadInput(f"{giving} that are not numbers, or not finite; look at its weights and their dtype")
     return values
 
 
 class Bridge:
-    """A guard with another vocabulary than the policy's. It reads the text of the policy's tokens, in tokens of
-    its own. Half a character at the end is left out. The policy's end of sequence becomes the guard's."""
+    """A guard with another vocabulary than the policy's. It reads the text of the policy's tokens, in tokens
+    of its own. Half a character at the end is left out. The policy's end of sequence becomes the guard's."""
 
     def __init__(self, policy, guard):
         self.policy, self.guard = policy, guard
@@ -150,7 +150,7 @@ class Bridge:
     def tokens(self, tokens):
         """The policy's tokens as the guard's."""
         text = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(
-            b"".join(map(self.policy.tokenizer.token_bytes, tokens)))               # half a character: not yet
+            b"".join(map(self.policy.tokenizer.token_bytes, tokens)))
         llama, ended = self.guard.llama, tokens and tokens[-1] in self.policy.config.eos_token_ids
         return llama.tokenizer.encode(text) + [*(llama.config.eos_token_ids[:1] if ended else [])]
 
@@ -163,10 +163,11 @@ class Bridge:
 
 
 def bridged(policy, guard):
-    """The guard as this policy's searches can ask it: itself, or where its vocabulary is another, a Bridge."""
-    if not isinstance(guard, Guard) or not policy.vocabulary or guard.llama.vocabulary in ("", policy.vocabulary):
+    """The guard as searches of this policy can ask it: where its vocabulary is another, a Bridge."""
+    if not isinstance(guard, Guard):
         return guard
-    return Bridge(policy, guard)
+    ours, theirs = policy.vocabulary, guard.llama.vocabulary
+    return Bridge(policy, guard) if ours and theirs and ours != theirs else guard
 
 
 def llama_guard(llama):

@@ -126,8 +126,8 @@ def main():
     if args.example and not args.json and args.safety != "none" and not args.compare:
         methods = ["none", args.safety]                     # a newcomer sees what there is to defend against
     # The page shows what the MRM makes of every search, where there is one.
-    shown = [*methods, "saffron"] if args.html and (args.mrm or Path(args.policy).resolve() == DEFAULT) else methods
-    policy, _, guard, reward_models = load_models(args, shown)
+    with_mrm = args.html and (args.mrm or Path(args.policy).resolve() == DEFAULT)
+    policy, _, guard, reward_models = load_models(args, [*methods, "saffron"] if with_mrm else methods)
     mrm = reward_models.get("saffron")
     prompts = [policy.tokenizer.prompt(text, args.prefill, args.hide_prefill) for text in args.prompts]
     if not args.json:

@@ -53,10 +53,10 @@ NO_REPEAT = 4                   # saffron with beta: so many tokens in a row do 
 def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, beta):
     """The paper's Saffron-1, as saffron.py has it, with more said about the reply. Deterministic.
 
-    A step takes the tokens a of the policy's nucleus that are not in V_unseen as candidates of each unfinished
-    sequence s, and keeps the `width` sequences s·a with the highest M(s)_a; equal ones by frontier order, then
-    by the policy's probability (Eq. 2, 7 and 3). If none is left of a nucleus, its fallback is the likeliest
-    seen token: fallbacks fill up what all others leave of `width`.
+    A step takes the tokens a of the policy's nucleus that are not in V_unseen as candidates of each
+    unfinished sequence s, and keeps the `width` sequences s·a with the highest M(s)_a; equal ones by frontier
+    order, then by the policy's probability (Eq. 2, 7 and 3). If none is left of a nucleus, its fallback is
+    the likeliest seen token: fallbacks fill up what all others leave of `width`.
 
     beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's
     probability of the whole reply so far: of replies that are about equally safe, the likelier one. (This is

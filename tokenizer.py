@@ -70,14 +70,14 @@ class Tokenizer:
         raw = read_json(path)
         with reading(path, "a byte-level BPE tokenizer"):
             model, added = raw["model"], raw.get("added_tokens") or []
-            check_keys(raw, {"decoder": None, "normalizer": None, "pre_tokenizer": None, "added_tokens": None,
-                             "model": None, "post_processor": None, "version": None, "padding": None, "truncation": None})
-            check_keys(model, {"type": ["BPE"], "vocab": None, "merges": None, "ignore_merges": None,
-                               "unk_token": None, "fuse_unk": None})
+            check_keys(raw, dict.fromkeys("model normalizer pre_tokenizer post_processor decoder "
+                                          "added_tokens version padding truncation".split()))
+            check_keys(model, dict.fromkeys("vocab merges ignore_merges unk_token fuse_unk".split())
+                       | {"type": ["BPE"]})
             self.normalize, pattern = read_splitting(raw)
             self.added = {}                                                   # text to id
             for token in added:
-                check_keys(token, {"id": None, "content": None, "special": None, "normalized": None})
+                check_keys(token, dict.fromkeys(("id", "content", "special", "normalized")))
                 self.added[field(token, "content", str)] = field(token, "id", int, 0, 2 ** 31)
             ids = {to_bytes(text): field(model["vocab"], text, int, 0, 2 ** 31)
                    for text in model["vocab"] if text not in self.added}
@@ -86,10 +86,11 @@ class Tokenizer:
                     or len({*ids.values(), *self.added.values()}) < len(ids) + len(added)):
                 raise BadInput("a token is empty, or two tokens have one text or one id")
             # Added tokens are never made of a user's text. Those that are not special, as <think>, are shown.
-            self.bytes |= {token["id"]: token["content"].encode() for token in added if not token.get("special")}
-            # tiktoken merges in the order of ranks. An id need not be a rank, so self.ids maps back. First come
-            # the bytes (a few have no id in some vocabularies), then what merges make, by the first that makes
-            # it. Where whole words are looked up first, tokens that no merge makes come last.
+            self.bytes |= {token["id"]: token["content"].encode() for token in added
+                           if not token.get("special")}
+            # tiktoken merges in the order of ranks. An id need not be a rank: self.ids maps back. First come
+            # the bytes (some vocabularies lack a few), then what merges make, by the first that makes it.
+            # Where whole words are looked up first, tokens that no merge makes come last.
             merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
             order = [*(bytes([b]) for b in range(256)), *(to_bytes(a + b) for a, b in merges),
                      *(ids if model.get("ignore_merges") else [])]
@@ -99,8 +100,9 @@ class Tokenizer:
             self.ids = [ids.get(token) for token in ranks]                      # of each rank
             self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
             self.size = 1 + max(*ids.values(), *self.added.values())
-        meaning = [pattern, bool(raw.get("normalizer")), sorted(self.added.items()), [token.hex() for token in ranks], self.ids]
-        self.fingerprint = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:12]    # equal for equal ones
+        meaning = json.dumps([pattern, bool(raw.get("normalizer")), sorted(self.added.items()),
+                              [token.hex() for token in ranks], self.ids])
+        self.fingerprint = hashlib.sha256(meaning.encode()).hexdigest()[:12]    # equal for equal tokenizers
         self.texts = read_templates(self.folder)
 
     def encode(self, text):
@@ -120,7 +122,7 @@ class Tokenizer:
     def template(self, name):
         """The Template of that name. Its texts are the checkpoint's own, so control tokens count as such."""
         if name not in self.texts:
-            raise BadInput(f"{self.folder}: no template {name!r}; expected a chat_template in tokenizer_config"
+            raise BadInput(f"{self.folder}: no template {name!r}; expected chat_template in tokenizer_config"
                            ".json or chat_template.jinja, or this template in templates.json")
         control = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)"
         tokens = lambda text: [token for i, part in enumerate(re.split(f"({control})", text))
@@ -170,9 +172,10 @@ def read_splitting(raw):
     """(normalizer, the regular expression that splits text into words) of a tokenizer.json."""
     form, split = raw.get("normalizer"), raw["pre_tokenizer"]
     check_keys(form or {}, {"type": ["NFC"]})
-    check_keys(raw["decoder"], {"type": ["ByteLevel"], "add_prefix_space": None, "trim_offsets": None, "use_regex": None})
+    harmless = dict.fromkeys(("trim_offsets", "use_regex"))
+    check_keys(raw["decoder"], harmless | {"type": ["ByteLevel"], "add_prefix_space": None})
     *first, last = split["pretokenizers"] if split["type"] == "Sequence" else [split]
-    check_keys(last, {"type": ["ByteLevel"], "trim_offsets": None, "use_regex": None})
+    check_keys(last, harmless | {"type": ["ByteLevel"]})
     kinds, pattern = [part["type"] for part in first] + [last.get("use_regex", True)], GPT2
     if kinds == ["Digits", True]:
         check_keys(first[0], {"type": None, "individual_digits": None})
@@ -181,21 +184,22 @@ def read_splitting(raw):
         check_keys(first[0], {"type": None, "pattern": None, "behavior": ["Isolated"]})
         pattern = field(first[0]["pattern"], "Regex", str) or "(?!)"  # the empty one matches too much
     elif kinds != [True]:
-        raise BadInput(f"pre_tokenizer = {json.dumps(split)[:200]} is not supported; expected ByteLevel with its own "
-                       "pattern, one Split and ByteLevel without, or Digits and ByteLevel")
+        raise BadInput(f"pre_tokenizer = {json.dumps(split)[:200]} is not supported; expected ByteLevel with "
+                       "its own pattern, one Split and ByteLevel without, or Digits and ByteLevel")
     return (lambda text: unicodedata.normalize("NFC", text)) if form else str, pattern
 
 
 def read_templates(folder):
     """{"chat": {"prefix": text, "infix": text}, "reward": ...} of a folder; "chat" only where it has one. The
     chat_template is rendered once, around a marker in the place of the user's text, without thinking."""
-    path, jinja, ours = (folder / name for name in ("tokenizer_config.json", "chat_template.jinja", "templates.json"))
+    path, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = read_json(path) if path.exists() else {}
     with reading(path, "a tokenizer's configuration"):
         if config.get("add_prefix_space"):
             raise BadInput("add_prefix_space = true is not supported")
         special = {key: value if isinstance(value, str) else field(value, "content", str)
-                   for key, value in config.items() if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value}
+                   for key, value in config.items()
+                   if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value}
         texts = {"reward": {"prefix": special.get("bos_token", "") + "\n\nUser:", "infix": "\n\nAgent:"}}
         source = config.get("chat_template")
         if isinstance(source, list):
@@ -207,11 +211,12 @@ def read_templates(folder):
             environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
                 trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
             text = environment.from_string(source).render(
-                messages=[{"role": "user", "content": MARKER}], add_generation_prompt=True, enable_thinking=False,
-                **special)
+                messages=[{"role": "user", "content": MARKER}], add_generation_prompt=True,
+                enable_thinking=False, **special)
             if text.count(MARKER) != 1:
                 raise BadInput("the chat_template does not give the user's text back once")
             texts["chat"] = dict(zip(("prefix", "infix"), text.split(MARKER)))
+    ours = folder / "templates.json"
     return texts | (read_json(ours) if ours.exists() else {})
 
 

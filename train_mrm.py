@@ -81,8 +81,9 @@ def collate(examples, device):
         rows += [i] * len(e.reply)
         columns += range(len(e.context), len(e.context) + len(e.reply))
         targets += e.targets
-        siblings += [(i, len(e.context) + position - 1, token, reward, prefixes.setdefault((i, position), len(prefixes)))
-                     for position, token, reward in e.siblings]
+        for position, token, reward in e.siblings:
+            prefix = prefixes.setdefault((i, position), len(prefixes))
+            siblings.append((i, len(e.context) + position - 1, token, reward, prefix))
     to = lambda values: torch.tensor(values, device=device)
     return tokens.to(device), to(rows), to(columns), to(targets), [to(column) for column in zip(*siblings)]
 
@@ -129,9 +130,10 @@ def predictions_with_siblings(reward_model, examples, device, size=16):
                 others = reward_model.child_rewards(hidden[siblings[0], siblings[1]], siblings[2])
         else:
             rewards = reward_model.reward(hidden[rows, columns])
-        parts = zip(rewards.float().cpu().split([len(examples[i].reply) for i in chunk]),
-                    others.float().cpu().split([len(examples[i].siblings) if len(others) else 0 for i in chunk]))
-        for i, pair in zip(chunk, parts):
+        mine = [examples[i] for i in chunk]
+        rewards = rewards.float().cpu().split([len(e.reply) for e in mine])
+        others = others.float().cpu().split([len(e.siblings) if len(others) else 0 for e in mine])
+        for i, *pair in zip(chunk, rewards, others):
             result[i] = [values.numpy() for values in pair]
     return result
 
@@ -162,9 +164,11 @@ def validate_mrm(mrm, examples, device):
     sources = sorted({e.source for e in examples})
     for source in (sources if len(sources) > 1 else []) + [None]:
         mine = [(e, *pair) for e, pair in zip(examples, pairs) if source in (None, e.source)]
-        ours, theirs = np.concatenate([m for _, m, _ in mine]), np.concatenate([e.targets for e, _, _ in mine])
+        ours = np.concatenate([m for _, m, _ in mine])
+        theirs = np.concatenate([e.targets for e, _, _ in mine])
         mse = np.mean((ours - theirs) ** 2)
-        numbers = {"mse": mse, "r2": 1 - mse / theirs.var(), "sign agreement": np.mean((ours < 0) == (theirs < 0))}
+        numbers = {"mse": mse, "r2": 1 - mse / theirs.var(),
+                   "sign agreement": np.mean((ours < 0) == (theirs < 0))}
         numbers |= compare_siblings([(e.siblings, m) for e, _, m in mine])
         report |= {f"{source}: {key}" if source else key: value for key, value in numbers.items()}
     return report
@@ -337,8 +341,8 @@ def train(args):
     if args.resume:
         step = load_checkpoint(checkpoint, args, reward_model, optimizer)
     log(f"{args.objective}: {len(training)} replies, {sum(len(e.reply) for e in training)} supervised tokens"
-        f", {sum(len(e.siblings) for e in training)} siblings, {sum(p.numel() for p in parameters)} trained parameters, "
-        f"{args.steps} steps")
+        f", {sum(len(e.siblings) for e in training)} siblings, "
+        f"{sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps")
     if not of_guard:
         log(f"seen tokens: {int((~reward_model.unseen).sum())} of {len(reward_model.unseen)}")
         log(f"rewards: {histogram(np.concatenate([e.targets for e in training]))}")
@@ -427,9 +431,10 @@ def main():
     add("--max_reply", type=number(1), default=64, help="guard: tokens kept of a reply, the first ones")
     add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
     add("--guard", metavar="PATH", help="MRM: refuse rewards that another guard has given than this one")
-    add("--min_count", type=number(1), default=1, help="MRM: a token counts as seen from so many occurrences on")
-    add("--siblings", type=number(0, 1e6, float), default=10, help="MRM: weight of the error among the siblings of "
-        "a prefix, beside that of the next tokens (default: 10; 0 is the paper)")
+    add("--min_count", type=number(1), default=1, help="MRM: a token counts as seen from so many occurrences "
+        "on")
+    add("--siblings", type=number(0, 1e6, float), default=10, help="MRM: weight of the error among the "
+        "siblings of a prefix, beside that of the next tokens (default: 10; 0 is the paper)")
     add("--accumulate", type=number(1), default=1, help="pieces of a process' part of a batch: less memory")
     add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="bfloat16: products in"
         " it, weights in float32; faster where the hardware multiplies in it")
