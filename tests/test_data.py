@@ -301,15 +301,16 @@ def test_siblings_and_hidden_prefills(small_corpus, smollm2, guard, tmp_path):
 
 def test_only_missing_shards_are_made(small_corpus, tmp_path):
     out = tmp_path / "corpus"
-    small_corpus(out)
+    few = ["--policy_batches", 1, "--refused_batches", 0, "--ordinary_batches", 0]
+    small_corpus(out, *few)
     whole, first = contents(out), "corpus-00-of-03.safetensors"
     (out / "corpus-01-of-03.safetensors").unlink()
     (out / "corpus-02-of-03.safetensors").rename(out / "corpus-02-of-03.safetensors.partial")       # as if killed there
     before = (out / first).stat().st_mtime_ns
-    status, log, _ = small_corpus(out)
+    status, log, _ = small_corpus(out, *few)
     assert status == 0 and contents(out) == whole and (out / first).stat().st_mtime_ns == before
     assert log.count("is there already") == 1
-    status, _, error = small_corpus(out, "--seed", 1)
+    status, _, error = small_corpus(out, *few, "--seed", 1)
     assert status == 2 and "is of a run" in error and "delete it" in error and contents(out) == whole
 
 

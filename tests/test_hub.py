@@ -351,8 +351,14 @@ def search_at_full_shape(folder, vocabulary):
         llama = Llama(config)
     llama = llama.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     torch.manual_seed(0)
+    noise = torch.randn(1_000_003, dtype=torch.bfloat16)        # over and over, which is quicker than new numbers
     for name, p in llama.named_parameters():        # wide embeddings: a nucleus of a few tokens, as a trained model has
-        p.data.normal_(std=0.1 if "embed" in name else 0.02) if p.dim() > 1 else p.data.fill_(1)
+        if p.dim() == 1:
+            p.data.fill_(1)
+            continue
+        flat, std = p.data.view(-1), 0.1 if "embed" in name else 0.02
+        for start in range(0, len(flat), len(noise)):
+            flat[start:start + len(noise)] = std * noise[:len(flat) - start]
     llama.lm_head.weight = llama.model.embed_tokens.weight
     llama.tokenizer = Tokenizer(vocabulary)
     llama.template = llama.tokenizer.template("chat")
