@@ -3,14 +3,11 @@
 import hashlib
 import http.server
 import json
-import os
-import subprocess
-import sys
 import threading
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from conftest import ROOT
+from conftest import run_script
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -79,10 +76,10 @@ def hub():
 
 def ask_hub(hub, script, *options, token=None):
     """Run a script with this hub as its hub: (exit status, stdout, last line of stderr)."""
-    environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"} | {"HF_ENDPOINT": hub.url + "/"}
-    if token:
-        environment["HF_TOKEN"] = token
-    done = subprocess.run([sys.executable, *map(str, (script, *options))], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=60)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr.splitlines()[-1] if done.stderr else ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.url + "/")
+        patch.delenv("HF_TOKEN", raising=False)
+        if token:
+            patch.setenv("HF_TOKEN", token)
+        status, out, error = run_script(script, *options)
+    return status, out, error.splitlines()[-1] if error else ""

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from adapters import guard_id, read_metadata
 from data.corpus import read_rewards
+from search import nucleus
 
 
 def script(name):
@@ -297,29 +298,35 @@ def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_
         assert guard.reward(hidden).tolist() == pytest.approx(example.targets, abs=1e-2)
 
 
-def test_siblings_and_hidden_prefills(small_corpus, smollm2, guard, tmp_path):
-    """Up to k tokens of the policy's nucleus, the likeliest first, with R of what they would make of the reply; and
-    prefilled replies once more, beginning after the prefill, which the policy alone has read."""
-    status, log, error = small_corpus(tmp_path, "--siblings", 3, "--hidden", 1, "--policy_batches", 1, "--refused_batches", 0,
-                                      "--ordinary_batches", 0, "--hh_replies", 2, "--shards", 1, "--max_reply", 12)
-    assert status == 0 and "policy, hidden prefill: " in log, error
-    training, held_out = read_rewards(tmp_path, smollm2)
-    examples = training + held_out
-    hidden = [e for e in examples if e.source == "policy, hidden prefill"]
-    whole = [e for e in examples if e.source.startswith("policy, ") and e not in hidden]
-    assert hidden and all(any(e.reply == w.reply[-len(e.reply):] and e.context == w.context for w in whole) for e in hidden)
-    assert any(e.siblings for e in hidden) and any(e.siblings for e in examples if e.source == "hh_rlhf")
-    for e in [e for e in hidden if e.siblings][:2] + [e for e in whole if e.siblings][:2]:
-        positions = [position for position, _, _ in e.siblings]
-        assert max(positions.count(position) for position in positions) <= 3 and {p % 4 for p in positions} == {positions[0] % 4}
-        for position, token, reward in e.siblings[:4]:
-            sequence = torch.tensor([e.context + e.reply[:position] + [token]])
+def test_siblings_and_hidden_prefills(smollm2, guard, tmp_path):
+    """Up to k tokens of the policy's nucleus, the likeliest first, with R of what they would make of the reply; a reply
+    once more from after its prefill on, which the policy alone has read. A shard gives them back as they were."""
+    corpus, encode = script("safety_rewards"), smollm2.tokenizer.encode
+    prompt, prefill = encode("How do I open a door?"), encode("Sure, here is")
+    whole = {"source": 1, "prompt": prompt, "reply": prefill + encode(" a way to open it: first, find an old key in some bag, and then"), "held_out": False,
+             "prefill": prefill}
+    hidden = corpus.hide_prefill(whole)
+    assert hidden["reply"] == whole["reply"][len(prefill):] and corpus.SOURCES[hidden["source"]] == "policy, hidden prefill"
+    rows, labels = [whole, hidden], []
+    for row, before in ((whole, []), (hidden, prefill)):
+        labels.append(corpus.sibling_labels(smollm2, guard, row, 3, torch.Generator().manual_seed(0)))
+        positions = [position for position, _, _ in labels[-1]]
+        assert positions and len({p % 4 for p in positions}) == 1 and max(map(positions.count, positions)) <= 3
+        for position in set(positions):
+            sequence = torch.tensor([smollm2.template(prompt, before + row["reply"][:position])])
+            p = smollm2.logits(smollm2(sequence)[0, -1]).softmax(-1)
+            tokens = [token for where, token, _ in labels[-1] if where == position]
+            assert tokens[0] == p.argmax() and set(tokens) <= set(nucleus(p, 0.8).tolist()) and len(tokens) > 1
+        for position, token, reward in labels[-1]:
+            sequence = torch.tensor([guard.template(prompt, row["reply"][:position] + [token])])
             assert guard.reward(guard.llama(sequence)[0, -1]).item() == pytest.approx(reward, abs=1e-3)
-    e = next(e for e in whole if e.siblings)                    # the likeliest first
-    position, token, _ = e.siblings[0]
-    prompt = e.context[len(guard.template.prefix):len(e.context) - len(guard.template.infix)]
-    logits = smollm2.logits(smollm2(torch.tensor([smollm2.template(prompt, e.reply[:position])]))[0, -1])
-    assert logits.argmax() == token
+    rewards = [np.zeros(len(row["reply"]), np.float32) for row in rows]
+    corpus.write_shard(tmp_path / "corpus-00-of-01.safetensors", rows, rewards, labels, {
+        "vocabulary": smollm2.vocabulary, "source_names": corpus.SOURCES, "shards": 1, "run": {}})
+    training, _ = read_rewards(tmp_path, smollm2)
+    assert [(e.reply, e.source) for e in training] == [(row["reply"], corpus.SOURCES[row["source"]]) for row in rows]
+    for example, mine in zip(training, labels):
+        assert example.siblings == [(p, t, pytest.approx(r)) for p, t, r in mine]
 
 
 def test_only_missing_shards_are_made(small_corpus, tmp_path):

@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, write_json
+from conftest import GOLDEN, ROOT, run_script, write_json
 from hub import ask_hub, hub                    # noqa: F401: hub is a fixture
 from safetensors.torch import save_file
 
@@ -135,9 +135,8 @@ def checkpoints(repositories, tmp_path_factory):
     made = {}
     for name, folder in repositories.items():
         made[name] = tmp_path_factory.mktemp("checkpoint")
-        done = subprocess.run([sys.executable, "data/hub/prepare.py", "--repo", name, "--from", folder, "--out", made[name]],
-                              cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        status, _, error = run_script("data/hub/prepare.py", "--repo", name, "--from", folder, "--out", made[name])
+        assert status == 0, error
     return made
 
 
@@ -197,9 +196,8 @@ def test_what_was_damaged_on_its_way_is_not_kept(hub, repositories, tmp_path):
 def test_a_copy_that_is_no_such_checkpoint_is_refused(repositories, tmp_path, change, said):
     copy = shutil.copytree(repositories[GUARD], tmp_path / "copy")
     change(copy)
-    done = subprocess.run([sys.executable, "data/hub/prepare.py", "--repo", GUARD, "--from", copy, "--out", tmp_path / "out"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
+    status, _, error = run_script("data/hub/prepare.py", "--repo", GUARD, "--from", copy, "--out", tmp_path / "out")
+    assert status == 2 and error.count("\n") == 1 and said in error
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -207,9 +205,8 @@ def test_a_copy_that_is_no_such_checkpoint_is_refused(repositories, tmp_path, ch
 def test_a_folder_holds_one_checkpoint_of_a_known_kind(repositories, checkpoints, tmp_path, name, said):
     copy = shutil.copytree(checkpoints[GUARD], tmp_path / "copy")
     before = (copy / "config.json").read_text()
-    done = subprocess.run([sys.executable, "data/hub/prepare.py", "--repo", name, "--from", repositories[POLICY], "--out", copy],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
+    status, _, error = run_script("data/hub/prepare.py", "--repo", name, "--from", repositories[POLICY], "--out", copy)
+    assert status == 2 and error.count("\n") == 1 and said in error
     assert (copy / "config.json").read_text() == before
 
 
