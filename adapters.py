@@ -140,7 +140,7 @@ def load_released_mrm(folder, llama, template):
             | {"peft_type": ["LORA"], "bias": ["none"],
                "init_lora_weights": [True, False, "gaussian", "eva"]})      # others change the base too
         rank, alpha = config["r"], config["lora_alpha"]
-        first_layer, targets = lora_targets(config["target_modules"], llama.config.num_hidden_layers)
+        first_layer, targets = lora_targets(config["target_modules"], llama)
         llama = add_lora(llama, rank, alpha, targets, first_layer)
     found = {name.replace("base_model.model.", "llama.").replace(".weight", ""): tensor
              for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
@@ -150,21 +150,20 @@ def load_released_mrm(folder, llama, template):
     return fill(model, folder, found, f"rank {rank}, vocabulary {llama.config.vocab_size}")
 
 
-def lora_targets(modules, layers):
+def lora_targets(modules, llama):
     """(first layer, projections) that PEFT's target_modules mean: ends of names, whole names, or a regular
     expression for whole names. Raises BadInput unless they are the same projections in the last layers."""
-    part = lambda last: "mlp" if last in ("gate_proj", "up_proj", "down_proj") else "self_attn"
     if modules == "all-linear":
         modules = PROJECTIONS
     meant = (lambda whole: re.fullmatch(modules, whole)) if isinstance(modules, str) else (
         lambda whole: any(f".{whole}".endswith(f".{module}") for module in modules))
-    found = [(layer, last) for layer in range(layers) for last in PROJECTIONS
-             if meant(f"model.layers.{layer}.{part(last)}.{last}")]
-    targets = sorted({last for _, last in found})
-    if not found or len(found) < len(targets) * (layers - found[0][0]):
+    found = [name.split(".") for name, _ in llama.named_modules()       # model.layers.3.self_attn.q_proj
+             if name.rpartition(".")[2] in PROJECTIONS and meant(name)]
+    targets, first_layer = sorted({name[-1] for name in found}), min((int(name[2]) for name in found), default=0)
+    if not found or len(found) < len(targets) * (llama.config.num_hidden_layers - first_layer):
         raise BadInput(f"target_modules = {str(modules)[:80]}: expected the same projections in all layers, "
                        "or in all from one on")
-    return found[0][0], targets
+    return first_layer, targets
 
 
 def read_tensor(path):

@@ -46,7 +46,7 @@ from tqdm import tqdm
 from adapters import DEFAULT, load_guard
 from data.corpus import read_attacks
 from engine import check_options, check_prompt
-from mrm import Guard, bridged, check_finite, score
+from mrm import Bridge, Guard, bridged, check_finite, score
 from sample import add_model_options, add_search_options, load_models
 from search import SEARCHES, describe, repeats_its_end
 from train_mrm import join_processes
@@ -137,9 +137,14 @@ class Measures:
     @torch.no_grad()
     def rewards(self, guard, replies):
         """R of each reply."""
+        prompts = {i: self.prompts[i] for i in replies}
+        if isinstance(guard, Bridge):
+            prompts = {i: guard.prompt(prompt) for i, prompt in prompts.items()}
+            replies = {i: guard.tokens(reply) for i, reply in replies.items()}
+            guard = guard.guard
         if not isinstance(guard, Guard):
-            return {i: score(guard, self.prompts[i], [reply]).item() for i, reply in replies.items()}
-        contexts = {i: self.prompts[i].reward_tokens(guard.template) for i in replies}
+            return {i: score(guard, prompts[i], [reply]).item() for i, reply in replies.items()}
+        contexts = {i: prompt.reward_tokens(guard.template) for i, prompt in prompts.items()}
         replies = {i: reply + guard.template.suffix for i, reply in replies.items()}
         hidden = self.hidden(guard.llama, contexts, replies)
         finite = lambda reward: check_finite(reward, "the guard gives rewards").item()

@@ -113,8 +113,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache):                                      # x: (B, T, d)
         split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
         qk = split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1))
-        q, k = qk.split((self.heads, self.kv_heads), dim=1)
         if hasattr(self, "q_norm"):                                             # Qwen3
+            q, k = qk.split((self.heads, self.kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
         v = split(self.v_proj(x))
@@ -312,9 +312,9 @@ def read_weights(folder, model, dtype, device):
         for name, tensor in read_tensors(path):
             if name.endswith("rotary_emb.inv_freq"):                         # old files carry what we compute
                 continue
-            if name not in wanted and not (tied and name == "lm_head.weight"):
+            shape = wanted.get("model.embed_tokens.weight" if tied and name == "lm_head.weight" else name)
+            if shape is None:
                 raise BadInput(f"{path}: tensor {name} does not belong to a model of this config.json")
-            shape = wanted["model.embed_tokens.weight" if tied and name == "lm_head.weight" else name]
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise BadInput(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, type {tensor.dtype}, "
                                f"config.json asks for {tuple(shape)} of floating point")

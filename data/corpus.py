@@ -78,7 +78,8 @@ def read_rewards(folder, llama, guard=None):
 
 def read_attacks(paths, attack, suffix, limit):
     """{number: row} of the data of eval.py, counted through all files; with a limit only the first rows of
-    each. A row keeps its other keys. Raises BadInput with the line number of one that lacks what the attack needs."""
+    each. A row keeps its other keys. Raises BadInput with the line number of one that lacks what the attack
+    needs."""
     rows, count = {}, 0
     needed = {"prefill": ["response"], "suffix": [] if suffix else ["suffix"], "none": []}[attack]
     for path in paths:

@@ -1,5 +1,6 @@
 """Whatever stands in a file from outside, reading it works or ends in one line. 2,000 seeded damaged files."""
 
+import contextlib
 import copy
 import json
 import random
@@ -63,6 +64,17 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def replaced(path, text):
+    """The file with another text, and afterwards as it was."""
+    before = path.read_bytes()
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
 def configs(checkpoint, out):
     """A checkpoint whose config.json or generation_config.json is damaged."""
     shutil.copytree(checkpoint, out, dirs_exist_ok=True)
@@ -70,10 +82,8 @@ def configs(checkpoint, out):
         document = json.loads((checkpoint / name).read_text())
 
         def read(text):
-            (out / name).write_bytes(text.encode("utf-8", "surrogatepass"))
-            llama = Llama.load(out)
-            llama(torch.tensor([[1, 2, 3]]))
-            (out / name).write_bytes((checkpoint / name).read_bytes())
+            with replaced(out / name, text):
+                Llama.load(out)(torch.tensor([[1, 2, 3]]))
         yield document, share, read
 
 
@@ -83,14 +93,11 @@ def tokenizers(checkpoint, out):
         document = json.loads((checkpoint / name).read_text())
 
         def read(text):
-            (out / name).write_bytes(text.encode("utf-8", "surrogatepass"))
-            try:
+            with replaced(out / name, text):
                 tokenizer = Tokenizer(out)
                 tokenizer.decode([*tokenizer.encode("Hello <s> world é"), 500, 511])
                 for template in ("chat", "reward"):
                     tokenizer.template(template)([1], [2])
-            finally:
-                (out / name).write_bytes((checkpoint / name).read_bytes())
         yield document, share, read
 
 

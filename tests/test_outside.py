@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import model
 from adapters import load_adapter, load_released_mrm, save_adapter
 from engine import check_prompt
+from eval import Measures
 from files import BadInput, check_keys, field, printable, read_jsonl, read_lines
 from model import Llama, read_config
 from mrm import MRM, Bridge, Guard, add_lora, bridged, score
@@ -357,6 +358,8 @@ def test_a_bridge_reads_the_text(two):
     theirs = other.tokenizer.prompt("Hello ab", "So")
     direct = bridge.guard.score(theirs, [other.tokenizer.encode("ab ba"), other.tokenizer.encode("b"), other.tokenizer.encode("a") + [7]])
     assert torch.equal(score(bridge, prompt, replies), direct)
+    judged = Measures(policy, bridge, bridge, {0: prompt, 1: prompt}).rewards(bridge, {0: replies[0], 1: replies[2]})
+    assert list(judged.values()) == pytest.approx(direct[[0, 2]].tolist(), abs=1e-9)       # as eval.py reads them, in its tries
     plain = [policy.tokenizer.prompt("Hello"), other.tokenizer.prompt("Hello")]
     assert torch.equal(score(bridge, plain[0], [encode("b")]), bridge.guard.score(plain[1], [other.tokenizer.encode("b")]))
 

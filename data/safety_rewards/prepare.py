@@ -286,6 +286,8 @@ def main():
         raise BadInput(f"--out {args.out}: no such folder")
     check_output(args.out / "manifest.json")
     policy = load_llama(args.policy, getattr(torch, args.dtype), args.device)
+    if policy.template is None or not policy.config.eos_token_ids:
+        raise BadInput(f"--policy {args.policy}: expected a model with a chat format and an end of sequence")
     guard = load_guard(args.guard, policy)
     asked = bridged(policy, guard)
     labels = [row for _, row in read_jsonl(args.labels)] if own else []
