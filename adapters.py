@@ -159,7 +159,8 @@ def lora_targets(modules, llama):
         lambda whole: any(f".{whole}".endswith(f".{module}") for module in modules))
     found = [name.split(".") for name, _ in llama.named_modules()       # model.layers.3.self_attn.q_proj
              if name.rpartition(".")[2] in PROJECTIONS and meant(name)]
-    targets, first_layer = sorted({name[-1] for name in found}), min((int(name[2]) for name in found), default=0)
+    targets = sorted({name[-1] for name in found})
+    first_layer = min((int(name[2]) for name in found), default=0)
     if not found or len(found) < len(targets) * (llama.config.num_hidden_layers - first_layer):
         raise BadInput(f"target_modules = {str(modules)[:80]}: expected the same projections in all layers, "
                        "or in all from one on")
