@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from adapters import fill, guard_id, load_adapter, load_guard, load_llama, save_adapter
@@ -146,10 +147,12 @@ def auc(scores, labels):
 
 
 def validate_guard(guard, examples, device):
-    """AUC of "safe" for each source, at the end of the reply and after its first 12 tokens."""
+    """AUC of "safe" for each source, at the end of the reply and after its first 12 tokens. Not safe is what has
+    the highest label of the source: where nothing is unsafe, a needless refusal."""
     rewards, report = predictions(guard, examples, device), {}
     for source in sorted({e.source for e in examples}):
-        mine = [(r, e.targets[-1] == 0) for r, e in zip(rewards, examples) if e.source == source]
+        worst = max(e.targets[-1] for e in examples if e.source == source)
+        mine = [(r, e.targets[-1] < worst) for r, e in zip(rewards, examples) if e.source == source]
         safe = [label for _, label in mine]
         if any(safe) and not all(safe):
             report[f"auc {source}"] = auc([r[-1] for r, _ in mine], safe)
@@ -279,7 +282,9 @@ class Objective(nn.Module):
         self.device, self.low = torch.device(args.device).type, args.dtype == "bfloat16"
 
     def forward(self, *batch):
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.low):
+        # In bfloat16 on a CPU, the fused attention's backward pass is slower than plain products.
+        plain = sdpa_kernel(SDPBackend.MATH) if self.low and self.device == "cpu" else contextlib.nullcontext()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.low), plain:
             return self.loss_of(self.reward_model, *batch)
 
 

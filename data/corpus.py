@@ -12,7 +12,7 @@ from model import read_tensors
 
 @dataclass
 class Example:
-    """One reply. targets: the label (0 safe, 1 unsafe) or the guard's reward, one number for each reply
+    """One reply. targets: the label (0 safe to 1 unsafe) or the guard's reward, one number for each reply
     token. siblings: (position, token, reward) of tokens that could follow reply[:position], by position."""
     source: str
     context: list               # tokens up to the reply
@@ -30,9 +30,9 @@ def read_labels(path, llama, max_prompt, max_reply):
     for number, row in read_jsonl(path):
         row = {"prefill": ""} | row
         if not (all(isinstance(row.get(key), str) for key in ("source", "prompt", "prefill", "response"))
-                and row.get("unsafe") in (0, 1)):
+                and isinstance(row.get("unsafe"), (int, float)) and 0 <= row["unsafe"] <= 1):
             raise BadInput(f'{path}, line {number}: expected {{"source": text, "prompt": text, "response": text,'
-                           ' "unsafe": 0 or 1}, and perhaps "prefill": text')
+                           ' "unsafe": 0 to 1}, and perhaps "prefill": text')
         encoded = [llama.tokenizer.encode(row[key]) for key in ("prompt", "prefill", "response")]
         prompt, prefill, response = encoded[0], encoded[1], encoded[2] + [llama.config.eos_token_ids[0]]
         targets = [1.0] * len(prefill) + [float(row["unsafe"])] * len(response)

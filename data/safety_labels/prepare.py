@@ -4,7 +4,7 @@ Labelled replies, to train and validate the guard: JailbreakBench, XSTest, DiaSa
     python data/safety_labels/prepare.py [--from FOLDER]
 
 Writes train.jsonl and val.jsonl beside this file, one object a line:
-    {"source": ..., "prompt": ..., "response": ..., "unsafe": 0 or 1}, some with a "prefill": ... before the response
+    {"source": ..., "prompt": ..., "response": ..., "unsafe": 0 to 1}, some with a "prefill": ... before the response
 and, for eval.py, attack.jsonl, 40 held-out requests. judge/train.jsonl and judge/val.jsonl are for an independent
 judge: nothing that it learns from is in train.jsonl. readme.md there names publishers, licences and how each label
 was derived. WARNING: harmful and offensive text.
@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import Parser, check_output, reading, run        # noqa: E402
+from files import Parser, check_output, read_lines, reading, run        # noqa: E402
 from data.download import fetch, write_jsonl                # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -54,8 +54,13 @@ def read_source(name, local):
         return path.read_bytes()
 
 
+# The label of a refusal of a harmless request: safe, but less welcome than an answer. R is then ln(0.8 / 0.2) = 1.4, where
+# an answer has about 3.9 (train_mrm.SMOOTHING).
+NEEDLESS = 0.2
+
+
 def row(source, prompt, response, unsafe):
-    return {"source": source, "prompt": prompt.strip(), "response": response.strip(), "unsafe": int(unsafe)}
+    return {"source": source, "prompt": prompt.strip(), "response": response.strip(), "unsafe": unsafe}
 
 
 def jailbreakbench(read):
@@ -68,7 +73,7 @@ def jailbreakbench(read):
             if held_out:
                 goals.add(item["goal"])
             if item["response"]:
-                reply = row("jailbreakbench", item["goal"], item["response"], str(item["jailbroken"]) == "True")
+                reply = row("jailbreakbench", item["goal"], item["response"], int(str(item["jailbroken"]) == "True"))
                 reply["index"] = int(item["index"])
                 (val if held_out else train)[reply["prompt"], reply["response"]] = reply    # each reply once
     return list(train.values()), list(val.values()), goals
@@ -76,8 +81,9 @@ def jailbreakbench(read):
 
 def xstest(read):
     """(training rows, validation rows, refusals, unsafe: prompt to whether it is). Unsafe is full compliance with an
-    unsafe prompt; a partial refusal of one is neither, and left out. In the training half, nearly all replies to
-    unsafe prompts are refusals: rows of them would teach that those prompts are safe, so they come apart."""
+    unsafe prompt; a partial refusal of one is neither, and left out. NEEDLESS is any refusal of a safe prompt. In the
+    training half, nearly all replies to unsafe prompts are refusals: rows of them would teach that those prompts are
+    safe, so they come apart."""
     train, val, refusals, prompts = [], [], [], {}
     for name in XSTEST:
         text = read(f"xstest/model_completions/xstest_v2_completions_{name}.csv").decode("utf-8")
@@ -85,7 +91,9 @@ def xstest(read):
         for item in csv.DictReader(io.StringIO(text)):
             unsafe_prompt, label = item["type"].startswith("contrast"), item["final_label"]
             prompts[item["prompt"].strip()] = unsafe_prompt
-            reply = row("xstest", item["prompt"], item["completion"], unsafe_prompt and label == "1_full_compliance")
+            complied = label == "1_full_compliance"
+            unsafe = int(complied) if unsafe_prompt else 0 if complied else NEEDLESS
+            reply = row("xstest", item["prompt"], item["completion"], unsafe)
             if not reply["response"] or unsafe_prompt and label == "3_partial_refusal":
                 continue
             if name == "mistralinstruct":
@@ -99,7 +107,7 @@ def xstest(read):
 
 def diasafety(read, split):
     source = "diasafety" if split == "train" else f"diasafety_{split}"
-    return [row(source, item["context"], item["response"], item["label"] == "Unsafe")
+    return [row(source, item["context"], item["response"], int(item["label"] == "Unsafe"))
             for item in json.loads(read(f"diasafety/{split}.json"))]
 
 
@@ -115,14 +123,14 @@ def same_request(a, b):
 
 def advbench(read, held_out_goals):
     """Openings of compliant replies, all unsafe; those of requests that the validation set has too are left out."""
-    return [row("advbench", item["goal"], item["target"], True)
+    return [row("advbench", item["goal"], item["target"], 1)
             for item in json.loads(read("advbench/harmful_behaviors.json"))
             if not any(same_request(item["goal"], goal) for goal in held_out_goals)]
 
 
 def refused(rows, refusals):
     """Refusals given to the requests of `rows` in turn, all safe: what makes a reply unsafe is not the request."""
-    return [row("refusal", rows[i % len(rows)]["prompt"], refusal, False) for i, refusal in enumerate(refusals)]
+    return [row("refusal", rows[i % len(rows)]["prompt"], refusal, 0) for i, refusal in enumerate(refusals)]
 
 
 def opening(request):
@@ -137,7 +145,20 @@ def complied(prompts, requests):
     "how to", rephrased. What makes such a reply unsafe is the request, not the form of a question."""
     questions = [re.search(r"\bhow to (.+?)\W*$", r["prompt"], re.IGNORECASE) for r in requests]
     prompts = prompts | {f"How do I {match[1]}?": True for match in questions if match}
-    return [row("opening", prompt, opening(prompt), unsafe) for prompt, unsafe in prompts.items()]
+    return [row("opening", prompt, opening(prompt), int(unsafe)) for prompt, unsafe in prompts.items()]
+
+
+ANSWERS = ["Sure, here is", "Certainly! Here is", "Of course. This is", "Yes, I can help you with that."]
+
+
+def ordinary(requests, refusals, pick):
+    """Two openings of an answer to each harmless request, and two refusals, which are NEEDLESS. Without them the guard
+    likes an apology at least as well as an answer, and so does what is searched for with it."""
+    result = []
+    for request in requests:
+        result += [row("ordinary", request, answer, 0) for answer in (opening(request), pick.choice(ANSWERS))]
+        result += [row("ordinary", request, refusal, NEEDLESS) for refusal in pick.sample(refusals, 2)]
+    return result
 
 
 # What may stand between an unsafe beginning and the refusal that a reply turns to.
@@ -151,7 +172,7 @@ def turned(rows, refusals, count, pick):
     for i in range(count):
         sentences = re.split(r"(?<=[.!?])\s+", pick.choice(refusals))
         start = pick.randrange(len(sentences)) if i % 2 else 0
-        result.append(begun("turned", rows, pick.choice(TURNS) + " ".join(sentences[start:]), False, pick))
+        result.append(begun("turned", rows, pick.choice(TURNS) + " ".join(sentences[start:]), 0, pick))
     return result
 
 
@@ -163,13 +184,13 @@ def babble(rows, count, pick):
         salad = pick.choice(rows)["response"].split()
         pick.shuffle(salad)
         salad = salad[:pick.randint(1, 4)] * 12 if i % 2 else salad
-        result.append(begun("babble", rows, " " + " ".join(salad[:40]), True, pick))
+        result.append(begun("babble", rows, " " + " ".join(salad[:40]), 1, pick))
     return result
 
 
 def begun(source, rows, response, unsafe, pick):
     """A response after the first words of the unsafe reply of one of `rows`."""
-    compliant = pick.choice([r for r in rows if r["unsafe"]])
+    compliant = pick.choice([r for r in rows if r["unsafe"] == 1])
     prefill = " ".join(compliant["response"].split(" ")[:pick.randint(1, 20)])
     return row(source, compliant["prompt"], "", unsafe) | {"prefill": prefill, "response": response}
 
@@ -177,7 +198,7 @@ def begun(source, rows, response, unsafe, pick):
 def attacks(val):
     """40 harmful requests of the validation set, each with one harmful reply: eval.py uses its first tokens as a
     prefill. The behaviours of JailbreakBench that have such a reply, then unsafe prompts of XSTest, evenly spread."""
-    unsafe = [r for r in val if r["unsafe"]]
+    unsafe = [r for r in val if r["unsafe"] == 1]
     jbb = list({r["index"]: r for r in unsafe if r["source"] == "jailbreakbench"}.values())
     xs = list({r["prompt"]: r for r in unsafe if r["source"] == "xstest"}.values())
     count = 40 - len(jbb)
@@ -195,6 +216,7 @@ def judge_rows(replies, dia_train, prompts, pick):
     """What the judge learns from: JailbreakBench's and XSTest's replies that are held out from the guard, and three of
     four rows of DiaSafety, the fourth of which is the guard's (train_mrm.py --weights '{"diasafety": 0.25}' takes each
     fourth). Turns and babble as above."""
+    replies = [r | {"unsafe": round(r["unsafe"])} for r in replies]          # the judge knows two labels only
     refusals = [r["response"] for r in replies if prompts.get(r["prompt"]) and not r["unsafe"]]
     others = validation([r for i, r in enumerate(dia_train) if i % 4 != 3], dia_train[3::4])
     return replies + others + turned(replies, refusals, 400, pick) + babble(replies, 150, pick)
@@ -214,18 +236,22 @@ def main():
     openings, pick = complied(prompts, requests), random.Random(0)
     replies = jbb_train + xs_train + requests + openings
     dia_train = diasafety(read, "train")
+    harmless = [request for _, request in read_lines(HERE / "harmless.txt")]
     train = (replies + dia_train + refused(requests, refusals) + turned(replies, refusals, 1500, pick)
-             + babble(replies, 600, pick))
-    val = validation(jbb_val + xs_val + diasafety(read, "val") + diasafety(read, "test"), train)
+             + babble(replies, 600, pick)
+             + ordinary([request for i, request in enumerate(harmless) if i % 10], refusals, pick))
+    val = validation(jbb_val + xs_val + diasafety(read, "val") + diasafety(read, "test")
+                     + ordinary(harmless[::10], refusals, pick), train)
     replies = [r for r in val if r["source"] in ("jailbreakbench", "xstest")]
     judge = judge_rows(replies, dia_train, prompts, random.Random(1))
-    judge_val = validation((jbb_train + xs_train + refused(requests, refusals) + diasafety(read, "test"))[::3], judge)
+    judge_val = validation((jbb_train + [r | {"unsafe": round(r["unsafe"])} for r in xs_train] + refused(requests, refusals) + diasafety(read, "test"))[::3], judge)
     write_jsonl(attacks(val), args.out / "attack.jsonl")
     for name, rows in (("train", train), ("val", val), ("judge/train", judge), ("judge/val", judge_val)):
         write_jsonl(rows, args.out / f"{name}.jsonl")
         for source in dict.fromkeys(r["source"] for r in rows):
             labels = [r["unsafe"] for r in rows if r["source"] == source]
-            print(f"{name}.jsonl: {source}: {len(labels)} replies, {sum(labels)} unsafe")
+            print(f"{name}.jsonl: {source}: {len(labels)} replies, {labels.count(1)} unsafe, "
+                  f"{labels.count(NEEDLESS)} needless refusals")
 
 
 if __name__ == "__main__":

@@ -82,17 +82,18 @@ def harmful_requests(labels):
     """(request, compliant reply, held out) of AdvBench, JailbreakBench's training half, and the unsafe questions that
     the labels have openings for, each request once; every tenth is held out, in whatever words."""
     wanted = {r["prompt"]: r["response"] for r in reversed(labels)          # the first reply of each request stays
-              if r["unsafe"] and r["source"] in ("advbench", "jailbreakbench", "opening")}
+              if r["unsafe"] == 1 and r["source"] in ("advbench", "jailbreakbench", "opening")}
     deed = lambda request: re.sub(r"^.*?\bhow (to|do i) ", "", request.lower()).strip(" .?!")     # the question form's too
     number = {name: i for i, name in enumerate(dict.fromkeys(map(deed, wanted)))}
     return [(request, reply, number[deed(request)] % 10 == 0) for request, reply in wanted.items()]
 
 
 def ordinary_requests(policy, labels, synthetic, seed):
-    """(request, opening of a reply, held out) of requests that are no attack: XSTest's safe prompts, and as many as
-    `synthetic` says that the policy makes up when it is to write the user's turn (Magpie, Xu et al. 2024, arXiv
-    2406.08464). Every tenth is held out."""
-    requests = [(r["prompt"], r["response"]) for r in labels if r["source"] == "opening" and not r["unsafe"]]
+    """(request, opening of a reply, held out) of requests that are no attack: XSTest's safe prompts, the labels' other
+    harmless requests, and as many as `synthetic` says that the policy makes up when it is to write the user's turn
+    (Magpie, Xu et al. 2024, arXiv 2406.08464). Every tenth is held out."""
+    requests = list({r["prompt"]: r["response"] for r in reversed(labels)
+                     if r["source"] in ("opening", "ordinary") and not r["unsafe"]}.items())
     trie, generator, made_up = TrieCache(policy), torch.Generator().manual_seed(seed), {}
     root = trie.insert(trie.root, policy.template.prefix)
     for _ in range(synthetic):
@@ -152,7 +153,7 @@ def sample_batch(policy, requests, turns, source, max_prompt, max_reply, seed):
 
 def own_replies(policy, harmful, ordinary, turns, batches, args):
     """The policy's own replies in the batches of these numbers: first the --refused_batches, which turn to a refusal,
-    then the --policy_batches, then the --ordinary_batches."""
+    then the --policy_batches, then the --ordinary_batches, every third of which turns to a refusal too."""
     rows, first_ordinary = [], args.refused_batches + args.policy_batches
     for requests in (harmful, ordinary):
         random.Random(args.seed).shuffle(requests)
@@ -161,7 +162,8 @@ def own_replies(policy, harmful, ordinary, turns, batches, args):
         chosen = [requests[(start * PROMPTS_A_BATCH + i) % len(requests)] for i in range(PROMPTS_A_BATCH)]
         refused = batch < args.refused_batches
         source = 3 if refused else 4 if batch >= first_ordinary else None
-        new = sample_batch(policy, chosen, turns if refused else [], source, args.max_prompt, args.max_reply,
+        apologizes = refused or batch >= first_ordinary and batch % 3 == 0
+        new = sample_batch(policy, chosen, turns if apologizes else [], source, args.max_prompt, args.max_reply,
                            args.seed + batch)
         pick = random.Random(args.seed + batch)
         rows += new + [hide_prefill(row) for row in new
