@@ -12,7 +12,7 @@ reported apart.
 Prompts are taken --batch at a time, each through all methods and widths. Every reply is appended to
 OUT/results.jsonl at once. A run that was interrupted goes on there; one with other methods or widths adds to
 it. In the end, OUT has summary.json, one object for each method and width in results.jsonl, the same as
-table.md, and with --plot asr.png. All are means over prompts, NAME_ci their bootstrap 95 % interval:
+table.md, and with --plot asr.png. All are means over prompts, NAME_ci their 95 % interval (`interval`):
 
     asr           attack success rate: share of replies with a negative reward of the guard, as in the paper
     judge_asr     the same by the judge, a guard that learned from other data and takes no part in a search
@@ -203,7 +203,12 @@ def evaluate(rows, runs, done, file, models, args, show):
 
 
 def interval(values):
-    """Bootstrap 95 % interval of a mean: [low, high]."""
+    """95 % interval of a mean, [low, high]: Wilson's (1927) for a rate, whose values are bools, else bootstrap.
+    (A bootstrap of 0 of 60 is [0, 0].)"""
+    if all(isinstance(value, bool) for value in values):
+        n, p, z = len(values), float(np.mean(values)), 1.96
+        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+        return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
     values, generator = np.asarray(values, float), np.random.default_rng(0)
     means = values[generator.integers(0, len(values), (2000, len(values)))].mean(1)
     return np.quantile(means, [0.025, 0.975]).tolist()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from adapters import guard_id, read_metadata
 from data.corpus import read_rewards
+from eval import REFUSAL
 from search import nucleus
 
 
@@ -137,7 +138,7 @@ def test_the_validation_set_stays_out_of_training(labelled, public_data):
 def test_attacks_are_40_held_out_requests(labelled):
     train, val, attacks, *_ = labelled
     assert len({r["prompt"] for r in attacks}) == 40
-    unsafe = {(r["prompt"], r["response"]) for r in val if r["unsafe"]}
+    unsafe = {(r["prompt"], r["response"]) for r in val if r["unsafe"] == 1}
     assert all((r["prompt"], r["response"]) in unsafe for r in attacks)
     assert sum(r["source"] == "jailbreakbench" for r in attacks) == 19  # those that have a harmful reply
 
@@ -145,11 +146,27 @@ def test_attacks_are_40_held_out_requests(labelled):
 def test_labels_follow_the_publishers(labelled):
     train, val, *_ = labelled
     assert {r["source"] for r in train} == {"jailbreakbench", "xstest", "diasafety", "advbench", "refusal", "opening",
-                                           "turned", "babble"}
-    assert all(r["unsafe"] for r in train if r["source"] == "advbench")
+                                           "turned", "babble", "ordinary"}
+    assert all(r["unsafe"] == 1 for r in train if r["source"] == "advbench")
     assert not any(r["unsafe"] for r in train if r["source"] == "refusal")
-    assert sum(r["unsafe"] for r in val if r["source"] == "xstest") == 128     # full compliance, unsafe prompt
-    assert all(r["unsafe"] in (0, 1) for r in train + val) and all(r["response"] for r in val)
+    of_xstest = [r["unsafe"] for r in val if r["source"] == "xstest"]
+    assert of_xstest.count(1) == 128 and of_xstest.count(0.2) == 4     # full compliance, unsafe prompt; refusal, safe prompt
+    assert all(r["unsafe"] in (0, 0.2, 1) for r in train + val) and all(r["response"] for r in val)
+
+
+def test_harmless_requests_are_better_answered_than_refused(labelled):
+    """Two answers and two refusals of each; a refusal of any harmless request is safe, but not as safe as an answer."""
+    train, val, *_ = labelled
+    labels = {}
+    for r in train + val:
+        if r["source"] == "ordinary":
+            labels.setdefault(r["prompt"], []).append((r["unsafe"], bool(REFUSAL.search(r["response"]))))
+    assert len(labels) > 200 and all(len(of) == 4 for of in labels.values())
+    assert not any(refuses for of in labels.values() for unsafe, refuses in of if not unsafe)
+    needless = [refuses for of in labels.values() for unsafe, refuses in of if unsafe]
+    assert np.mean(needless) > 0.7 and {unsafe for of in labels.values() for unsafe, _ in of} == {0, 0.2}
+    prompts = lambda rows: {r["prompt"] for r in rows if r["source"] == "ordinary"}
+    assert not prompts(train) & prompts(val)
 
 
 def test_the_judge_learns_from_nothing_that_the_guard_learns_from(labelled):
@@ -178,7 +195,7 @@ def test_beginnings_that_turn_or_fall_apart(labelled):
     assert {(r["source"], r["unsafe"]) for r in begun} == {("turned", 0), ("babble", 1)}
     unsafe = {}
     for r in train:
-        if r["unsafe"] and "prefill" not in r:
+        if r["unsafe"] == 1 and "prefill" not in r:
             unsafe.setdefault(r["prompt"], []).append(r["response"])
     for r in begun:
         assert r["prefill"] and r["response"][0] in " .,\n"             # glued on: with the space that it needs
@@ -348,18 +365,20 @@ def test_only_missing_shards_are_made(small_corpus, tmp_path):
 # the prompts of our own
 
 def test_prompts_of_our_own():
-    """At least 120 harmful ones over ten categories and 120 harmless ones, half of them look-alikes; dev and test have
-    none in common, and eval.py reads them all."""
+    """180 harmful ones over twelve categories and 180 harmless ones, half of them look-alikes; dev, test and what the guard
+    learns from have none in common, and eval.py reads them all."""
     from data.corpus import read_attacks
     rows = {}
     for name in ("harmful_dev", "harmful_test", "harmless_dev", "harmless_test"):
         path = ROOT / "data" / "prompts" / f"{name}.jsonl"
-        assert len(read_attacks([path], "prefill", "", None)) == 60
+        assert len(read_attacks([path], "prefill", "", None)) == (120 if name.endswith("dev") else 60)
         rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
     harmful, harmless = rows["harmful_dev"] + rows["harmful_test"], rows["harmless_dev"] + rows["harmless_test"]
-    assert len({r["prompt"] for r in harmful + harmless}) == 240
-    assert len({r["category"] for r in harmful}) >= 10 and all(len(r["response"].split()) < 25 for r in harmful)
+    assert len({r["prompt"] for r in harmful + harmless}) == 360
+    known = (ROOT / "data" / "safety_labels" / "harmless.txt").read_text().splitlines()
+    assert not {r["prompt"] for r in harmful + harmless} & set(known)
+    assert len({r["category"] for r in harmful}) == 12 and all(len(r["response"].split()) < 25 for r in harmful)
     assert {r["category"] for r in harmless} == {"harmless"}
-    assert sum(r["kind"] == "look-alike" for r in harmless) == 60
+    assert sum(r["kind"] == "look-alike" for r in harmless) == 90
     for split in ("dev", "test"):                                       # every category in both
         assert len({r["category"] for r in rows[f"harmful_{split}"]}) == len({r["category"] for r in harmful})

@@ -80,11 +80,15 @@ def test_attacks(smollm2):
 
 
 def test_intervals_and_efficiency():
-    """A bootstrap interval holds the mean, narrows with more values, and is a point where all are equal."""
+    """A bootstrap interval holds the mean and narrows with more values; that of a rate is Wilson's."""
     values = np.random.default_rng(0).normal(size=400)
     low, high = interval(values)
     assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
-    assert interval([True] * 10) == [1.0, 1.0]
+    low, high = interval([False] * 60)                                  # Wilson's: 0 of 60 may be up to 6 %
+    assert low == 0 and abs(high - 1.96 ** 2 / (60 + 1.96 ** 2)) < 1e-9
+    assert np.allclose(interval([True] * 60), [1 - high, 1.0])
+    for end in interval([True] * 9 + [False] * 51):                     # the rates that 0.15 is 1.96 standard errors from
+        assert abs(0.15 - end) == pytest.approx(1.96 * np.sqrt(end * (1 - end) / 60))
     result = lambda method, asr, tflop: {"safety": method, "width": 1, "row": 0, "text": ""} | dict.fromkeys(HARMFUL, 0.0) | {
         "asr": asr, "tflop": tflop}
     none, saffron = summarize([result("none", 1, 1.0), result("saffron", 0, 8.0)], None)
