@@ -142,16 +142,18 @@ def numbers(text):
 
 def parse_arguments():
     parser = Parser(description="How fast the search is.")
-    add = functools.partial(parser.add_argument, metavar="N,N")
+    add = functools.partial(parser.group("what is timed, in tokens"), metavar="N,N")
     add("--width", type=numbers, help="widths of the table (default: 1,4,16,64)")
     add("--length", type=numbers, nargs="?", const=LENGTHS, help="reply lengths, at width 4 or --width")
     add("--prompt_length", type=numbers, nargs="?", const=PROMPT_LENGTHS, help="the same of prompts")
-    add = parser.add_argument
+    add = parser.group("instead of the table")
     add("--prompts", type=number(1), metavar="N", help="so many side by side, and one after another")
     add("--busy", action="store_true", help="a search alone, beside a busy process, and two at once")
+    add = parser.group("output")
     add("--plot", type=Path, metavar="FILE", help="draw width and length: .png, .svg or .pdf")
     add("--out", type=Path, metavar="FILE", help="write the table as JSON too")
-    add("--safety", choices=list(SEARCHES), default="saffron", help="the search (default: saffron)")
+    add = parser.group("models")
+    add("--safety", choices=list(SEARCHES), default="saffron", help="the search")
     add_model_options(add)
     args = parser.parse_args()
     if args.plot and (args.plot.suffix not in (".png", ".svg", ".pdf") or not find_spec("matplotlib")):

@@ -26,7 +26,6 @@ table.md, and with --plot asr.png. All are means over prompts, NAME_ci their 95 
                   negative of, and that equal the undefended reply
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -258,26 +257,28 @@ def markdown(summary):
 
 
 def parse_arguments():
-    parser = Parser(description="Measure defences against attacks.", epilog=describe(),
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", required=True, nargs="+", metavar="FILE.jsonl")
-    add("--safety", default="none,best_of_n,saffron", help="methods; beam:1/2 is one with widths of its own")
-    add("--width", default="4", help="widths, such as 1,4,16 (none has no width)")
-    add("--attack", choices=["none", "prefill", "suffix"], default="prefill")
+    parser = Parser(description="Measure defences against attacks.", epilog=describe())
+    add = parser.group("data and attack")
+    add("--data", required=True, nargs="+", metavar="FILE.jsonl", help="requests, one a line")
+    add("--limit", type=number(1), help="use only the first rows of each file")
+    add("--attack", choices=["none", "prefill", "suffix"], default="prefill", help="what the attacker does")
     add("--prefill_tokens", type=number(0), default=10, help="tokens of the response that the reply begins "
         "with")
     add("--hide_prefill", action="store_true", help="keep the prefill from guard, MRM and judge")
     add("--suffix", default="", help="what --attack suffix appends to each prompt (default: the row's own)")
+    add = parser.group("searches")
+    add("--safety", default="none,best_of_n,saffron", help="methods; beam:1/2 is one with widths of its own")
+    add("--width", default="4", help="widths, such as 1,4,16 (none has no width)")
     add_search_options(add)
-    add("--limit", type=number(1), help="use only the first rows of each file")
     add("--batch", type=number(1), default=1, help="prompts searched side by side; changes no reply")
+    add = parser.group("models")
+    add_model_options(add)
+    add("--judge", default=DEFAULT / "judge.safetensors", metavar="PATH", help="as --guard")
+    add = parser.group("output")
     add("--tflop_limit", type=number(1e-12, 1e12, float), help="for scaleff (default: the tflop of the "
         "costliest method)")
     add("--plot", action="store_true", help="draw OUT/asr.png")
-    add("--out", required=True, type=Path, metavar="DIR")
-    add_model_options(add)
-    add("--judge", default=DEFAULT / "judge.safetensors", metavar="PATH", help="as --guard")
+    add("--out", required=True, type=Path, metavar="DIR", help="the folder of results; a run that stopped goes on")
     args = parser.parse_args()
     args.guard = args.guard or DEFAULT / "guard.safetensors"
     args.mrm = args.mrm or DEFAULT / "mrm.safetensors"

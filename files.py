@@ -73,8 +73,24 @@ def printable(text):
     return "".join("\ufffd" if obeyed(c) else c for c in text)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each option that has one, of files without this repository's folder."""
+
+    def _get_help_string(self, action):
+        if action.default is False or action.default in (None, "", {}):
+            return action.help
+        return super()._get_help_string(action).replace("%(default)s", (
+            str(action.default).replace(f"{Path(__file__).resolve().parent}{os.sep}", "")))
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line. `group` gives an add_argument whose options stand under a title."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, **options)
+
+    def group(self, title):
+        return self.add_argument_group(title).add_argument
 
     def error(self, message):
         line = f"{self.prog}: {message} (--help lists all options)".replace("\n", " ")

@@ -10,7 +10,6 @@ Ask a language model, with and without a defence.
 Replies and what they cost go to stdout, progress and notes to stderr.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -33,19 +32,20 @@ SIDE_BY_SIDE = 16                   # so many prompts of a file share a forward 
 
 
 def parse_arguments():
-    parser = Parser(description="Ask a language model, with and without a defence.", epilog=describe(),
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--safety", choices=list(SEARCHES), default="saffron", help="the search (default: saffron)")
+    parser = Parser(description="Ask a language model, with and without a defence.", epilog=describe())
+    add = parser.group("what is asked")
     add("--prompt", help="what the user asks; - reads standard input, FILE:path one prompt a line (default: "
         "an example with a prefill)")
     add("--prefill", default="", help="an opening that an attacker puts into the model's mouth")
     add("--hide_prefill", action="store_true", help="keep it from MRM and guard, also when that judges")
-    add("--width", type=int, default=4, help="N: replies sampled, or sequences in the frontier (default: 4)")
+    add = parser.group("search")
+    add("--safety", choices=list(SEARCHES), default="saffron", help="the search")
+    add("--compare", action="store_true", help="all searches, one after another")
+    add("--width", type=int, default=4, help="N: replies sampled, or sequences in the frontier")
     add("--temperature", type=float, help="0 is greedy (default: 0 for none, 1 for the others)")
     add_search_options(add)
-    add_model_options(add)
-    add("--compare", action="store_true", help="all methods, one after another")
+    add_model_options(parser.group("models"))
+    add = parser.group("output")
     add("--json", action="store_true", help="one JSON object on stdout, or with FILE:path one a line")
     add("--trace", action="store_true", help="show the tree of branches; with --json, all frontiers")
     add("--html", metavar="FILE", type=Path, help="write a page that shows the search, of one prompt")
@@ -64,22 +64,23 @@ def parse_arguments():
 
 def add_search_options(add):
     """The options of a search that eval.py has too."""
-    add("--max_new_tokens", type=int, default=50, help="length of the reply at most (default: 50)")
-    add("--min_new_tokens", type=int, default=16, help="no end before so many tokens (default: 16)")
-    add("--top_p", type=float, default=0.8, help="mass of the nucleus (default: 0.8)")
+    add("--max_new_tokens", type=int, default=50, help="tokens of the reply at most")
+    add("--min_new_tokens", type=int, default=16, help="no end of the reply before so many tokens")
+    add("--top_p", type=float, default=0.8, help="probability mass of the nucleus")
     add("--beta", type=float, default=0.1, help="saffron: weight of the reply's log-probability under the "
-        "policy, beside the reward (default: 0.1; 0 is the paper)")
-    add("--seed", type=int, default=0)
+        "policy, beside the reward; 0 is the paper")
+    add("--seed", type=int, default=0, help="of what is drawn at random")
 
 
 def add_model_options(add):
     """The options of all commands that search."""
     add("--policy", default=DEFAULT, metavar="DIR", help="the model: a folder as on the Hugging Face hub")
     add("--mrm_base", default=DEFAULT, metavar="DIR", help="the model that MRM and guard are adapters of")
-    add("--mrm", metavar="PATH", help="an adapter, or a released MRM's folder")
-    add("--guard", metavar="PATH", help="an adapter, or a Llama Guard's folder, of whatever vocabulary")
-    add("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    add("--dtype", choices=DTYPES, default="float32")
+    add("--mrm", metavar="PATH", help="an adapter, or a released MRM's folder (default: ours)")
+    add("--guard", metavar="PATH", help="an adapter, or a Llama Guard's folder, of whatever vocabulary "
+        "(default: ours)")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    add("--dtype", choices=DTYPES, default="float32", help="number type of weights and caches")
 
 
 def load_models(args, methods):

@@ -102,7 +102,7 @@ def prepare(get, repository, out):
 def main():
     parser = Parser(description="Fetch a checkpoint from the Hugging Face hub.")
     parser.add_argument("--repo", required=True, help="such as Qwen/Qwen3-0.6B")
-    parser.add_argument("--revision", default="main", help="a branch, tag or commit (default: main)")
+    parser.add_argument("--revision", default="main", help="a branch, tag or commit")
     parser.add_argument("--from", dest="local", type=Path, metavar="FOLDER", help="a copy of the repository")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write (default: data/NAME)")
     args = parser.parse_args()

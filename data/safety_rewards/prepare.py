@@ -256,28 +256,30 @@ def count_or_all(text):
 
 def main():
     parser = Parser(description="Make the MRM's training corpus.")
-    add = parser.add_argument
+    add = parser.group("models")
     add("--guard", default="data/smollm2/guard.safetensors", help="what gives the rewards: an adapter on --policy, or a Llama "
         "Guard's folder")
     add("--policy", default="data/smollm2", help="the policy that writes replies")
+    add("--device", default="cpu", help="cpu, cuda, ...")
+    add("--dtype", choices=DTYPES, default="float32", help="number type of weights and caches")
+    add = parser.group("files")
     add("--labels", default=HERE.parent / "safety_labels" / "train.jsonl", help="what data/safety_labels prepared")
     add("--from", dest="local", help=f"a folder with {HH_FILE.format('test')}, instead of downloading it")
     add("--out", type=Path, default=HERE, help="the folder for the shards")
     add("--shards", type=number(1), default=8, help="files that the corpus is made of")
+    add = parser.group("replies")
     add("--hh_replies", type=count_or_all, default=800, help="replies of HH-RLHF's test split; all: both splits in full")
     add("--policy_batches", type=number(0), default=48, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
     add("--refused_batches", type=number(0), default=20, help="the same, with the beginning of a refusal after the prefill")
     add("--ordinary_batches", type=number(0), default=20, help="the same, of replies to ordinary requests")
     add("--hidden", type=number(0, 1, float), default=0.5, help="share of prefilled replies that are there again without "
-        "the prefill (default: 0.5)")
+        "the prefill")
     add("--siblings", type=number(0), default=6, help="next tokens that are labelled at every fourth position, at most "
-        "(default: 6; 0: none)")
+        "(0: none)")
     add("--synthetic", type=number(0), default=160, help="ordinary requests that the policy makes up, beside XSTest's safe ones")
     add("--max_prompt", type=number(1), default=64, help="tokens kept of a prompt, the last ones")
     add("--max_reply", type=number(1), default=56, help="tokens of a reply, prefill included")
-    add("--seed", type=number(0, 2 ** 63 - 1), default=0)
-    add("--device", default="cpu")
-    add("--dtype", choices=DTYPES, default="float32")
+    add("--seed", type=number(0, 2 ** 63 - 1), default=0, help="of what is drawn at random")
     args = parser.parse_args()
     own = args.policy_batches + args.refused_batches + args.ordinary_batches
     if own and not Path(args.labels).exists():
