@@ -101,6 +101,17 @@ def test_training_learns_and_resumes_bit_for_bit(objective, precision, request, 
     assert {p.name for p in tmp_path.iterdir()} == {"one.safetensors", "two.safetensors"}
 
 
+def test_compiled_layers_learn_the_same(rewards, base, tmp_path, monkeypatch):
+    """--compile traces the layers without a change to what they compute. (What C++ torch makes of that takes a minute,
+    and is not looked at here.)"""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how))
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        run(monkeypatch, *options("mrm", rewards, base, tmp_path / name, steps=4), "--dtype", "float64", *more)
+    plain, compiled = load_file(tmp_path / "plain"), load_file(tmp_path / "compiled")
+    assert all(torch.allclose(plain[name].double(), compiled[name].double(), atol=1e-6) for name in plain)
+
+
 @pytest.mark.parametrize("min_count, seen", [(1, {7, 91, *range(20, 40)}), (2, {7, *range(20, 40)})])
 def test_mrm_counts_supervised_tokens_as_seen(rewards, base, tmp_path, monkeypatch, min_count, seen):
     """Those of training replies, often enough, and end-of-sequence in any case."""
@@ -344,6 +355,20 @@ def test_predictions_come_in_the_order_of_the_examples(tiny_guard):
     for example, values in zip(data, predictions(guard, data, "cpu", size=3)):
         hidden = tiny_guard(torch.tensor([example.context + example.reply]))[0, 2:]
         np.testing.assert_allclose(values, guard.reward(hidden).detach(), atol=1e-5)
+
+
+def test_a_guard_is_validated_by_the_worst_label_of_each_source():
+    """Unsafe replies stand against all others; where there are none, needless refusals against answers."""
+    class Constant(torch.nn.Module):            # R of a sequence: its first reply token
+        def llama(self, tokens):
+            return tokens[..., None].float()
+
+        def reward(self, hidden):
+            return hidden.squeeze(-1)
+    reply = lambda source, reward, label: Example(source, [0], [reward], [label])
+    report = train_mrm.validate_guard(Constant(), [
+        reply("a", 3, 0.0), reply("a", 2, 0.2), reply("a", 1, 1.0), reply("b", 1, 0.0), reply("b", 2, 0.2)], "cpu")
+    assert report["auc a"] == 1.0 and report["auc b"] == 0.0
 
 
 def test_auc_is_the_share_of_pairs_in_the_right_order():
