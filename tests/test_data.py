@@ -146,7 +146,7 @@ def test_attacks_are_40_held_out_requests(labelled):
 def test_labels_follow_the_publishers(labelled):
     train, val, *_ = labelled
     assert {r["source"] for r in train} == {"jailbreakbench", "xstest", "diasafety", "advbench", "refusal", "opening",
-                                           "turned", "babble", "ordinary"}
+                                           "turned", "babble", "harmless", "harmful"}
     assert all(r["unsafe"] == 1 for r in train if r["source"] == "advbench")
     assert not any(r["unsafe"] for r in train if r["source"] == "refusal")
     of_xstest = [r["unsafe"] for r in val if r["source"] == "xstest"]
@@ -155,18 +155,19 @@ def test_labels_follow_the_publishers(labelled):
 
 
 def test_harmless_requests_are_better_answered_than_refused(labelled):
-    """Two answers and two refusals of each; a refusal of any harmless request is safe, but not as safe as an answer."""
+    """Answers and refusals of each request of ours. A refusal of a harmless one is safe, but not as safe as an answer."""
     train, val, *_ = labelled
-    labels = {}
-    for r in train + val:
-        if r["source"] == "ordinary":
-            labels.setdefault(r["prompt"], []).append((r["unsafe"], bool(REFUSAL.search(r["response"]))))
-    assert len(labels) > 200 and all(len(of) == 4 for of in labels.values())
-    assert not any(refuses for of in labels.values() for unsafe, refuses in of if not unsafe)
-    needless = [refuses for of in labels.values() for unsafe, refuses in of if unsafe]
-    assert np.mean(needless) > 0.7 and {unsafe for of in labels.values() for unsafe, _ in of} == {0, 0.2}
-    prompts = lambda rows: {r["prompt"] for r in rows if r["source"] == "ordinary"}
-    assert not prompts(train) & prompts(val)
+    for source, answer, refusal, most in (("harmless", 0, 0.2, 276), ("harmful", 1, 0, 150)):
+        labels = {}
+        for r in train + val:
+            if r["source"] == source:
+                labels.setdefault(r["prompt"], []).append((r["unsafe"], bool(REFUSAL.search(r["response"]))))
+        assert len(labels) == most and {unsafe for of in labels.values() for unsafe, _ in of} == {answer, refusal}
+        assert all([unsafe for unsafe, _ in of].count(refusal) == 2 and len(of) in (4, 5) for of in labels.values())
+        assert not any(refuses for of in labels.values() for unsafe, refuses in of if unsafe == answer)
+        assert np.mean([refuses for of in labels.values() for unsafe, refuses in of if unsafe == refusal]) > 0.7
+        prompts = lambda rows: {r["prompt"] for r in rows if r["source"] == source}
+        assert not prompts(train) & prompts(val)
 
 
 def test_the_judge_learns_from_nothing_that_the_guard_learns_from(labelled):
@@ -375,7 +376,8 @@ def test_prompts_of_our_own():
         rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
     harmful, harmless = rows["harmful_dev"] + rows["harmful_test"], rows["harmless_dev"] + rows["harmless_test"]
     assert len({r["prompt"] for r in harmful + harmless}) == 360
-    known = (ROOT / "data" / "safety_labels" / "harmless.txt").read_text().splitlines()
+    known = [request for kind in ("harmless", "harmful")
+             for request in (ROOT / "data" / "safety_labels" / f"{kind}.txt").read_text().splitlines()]
     assert not {r["prompt"] for r in harmful + harmless} & set(known)
     assert len({r["category"] for r in harmful}) == 12 and all(len(r["response"].split()) < 25 for r in harmful)
     assert {r["category"] for r in harmless} == {"harmless"}

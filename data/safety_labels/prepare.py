@@ -151,14 +151,33 @@ def complied(prompts, requests):
 ANSWERS = ["Sure, here is", "Certainly! Here is", "Of course. This is", "Yes, I can help you with that."]
 
 
-def ordinary(requests, refusals, pick):
-    """Two openings of an answer to each harmless request, and two refusals, which are NEEDLESS. Without them the guard
-    likes an apology at least as well as an answer, and so does what is searched for with it."""
+def restated(request):
+    """The opening of an answer that says again what was asked for."""
+    thing = re.match(r"(?:write|give me|suggest|invent) (.+?)\W*$", request, re.IGNORECASE)
+    deed = re.match(r"(?:explain|tell me|describe|help me) (?:how )?(?:to )?(.+?)\W*$", request, re.IGNORECASE)
+    return f"Sure, here is {thing[1]}:" if thing else f"To {deed[1]}, you can" if deed else opening(request)
+
+
+def answered_and_refused(source, requests, answer_label, refusal_label, refusals, pick):
+    """Three openings of an answer to each request, and two refusals. For harmless requests a refusal is NEEDLESS:
+    without such rows the guard likes an apology at least as well as an answer, and so does a search with it."""
     result = []
     for request in requests:
-        result += [row("ordinary", request, answer, 0) for answer in (opening(request), pick.choice(ANSWERS))]
-        result += [row("ordinary", request, refusal, NEEDLESS) for refusal in pick.sample(refusals, 2)]
+        answers = [opening(request), pick.choice(ANSWERS), restated(request)]
+        result += [row(source, request, answer, answer_label) for answer in dict.fromkeys(answers)]
+        result += [row(source, request, refusal, refusal_label) for refusal in pick.sample(refusals, 2)]
     return result
+
+
+def own_requests(refusals, pick):
+    """(training rows, validation rows) of harmless.txt and harmful.txt, whose requests have the same forms: what tells
+    them apart is what is asked for. Every tenth request is held out."""
+    split = [], []
+    for source, labels in (("harmless", (0, NEEDLESS)), ("harmful", (1, 0))):
+        requests = [request for _, request in read_lines(HERE / f"{source}.txt")]
+        for rows, part in zip(split, ([r for i, r in enumerate(requests) if i % 10], requests[::10])):
+            rows += answered_and_refused(source, part, *labels, refusals, pick)
+    return split
 
 
 # What may stand between an unsafe beginning and the refusal that a reply turns to.
@@ -236,12 +255,12 @@ def main():
     openings, pick = complied(prompts, requests), random.Random(0)
     replies = jbb_train + xs_train + requests + openings
     dia_train = diasafety(read, "train")
-    harmless = [request for _, request in read_lines(HERE / "harmless.txt")]
     train = (replies + dia_train + refused(requests, refusals) + turned(replies, refusals, 1500, pick)
-             + babble(replies, 600, pick)
-             + ordinary([request for i, request in enumerate(harmless) if i % 10], refusals, pick))
-    val = validation(jbb_val + xs_val + diasafety(read, "val") + diasafety(read, "test")
-                     + ordinary(harmless[::10], refusals, pick), train)
+             + babble(replies, 600, pick))
+    own_train, own_val = own_requests(refusals, pick)
+    train += own_train
+    val = validation(jbb_val + xs_val + diasafety(read, "val") + diasafety(read, "test") + own_val,
+                     train)
     replies = [r for r in val if r["source"] in ("jailbreakbench", "xstest")]
     judge = judge_rows(replies, dia_train, prompts, random.Random(1))
     judge_val = validation((jbb_train + [r | {"unsafe": round(r["unsafe"])} for r in xs_train] + refused(requests, refusals) + diasafety(read, "test"))[::3], judge)

@@ -79,10 +79,10 @@ def hh_replies(llama, dialogues, max_prompt, max_reply):
 
 
 def harmful_requests(labels):
-    """(request, compliant reply, held out) of AdvBench, JailbreakBench's training half, and the unsafe questions that
-    the labels have openings for, each request once; every tenth is held out, in whatever words."""
+    """(request, compliant reply, held out) of AdvBench, JailbreakBench's training half, the unsafe questions that the
+    labels have openings for, and harmful.txt, each request once; every tenth is held out, in whatever words."""
     wanted = {r["prompt"]: r["response"] for r in reversed(labels)          # the first reply of each request stays
-              if r["unsafe"] == 1 and r["source"] in ("advbench", "jailbreakbench", "opening")}
+              if r["unsafe"] == 1 and r["source"] in ("advbench", "jailbreakbench", "opening", "harmful")}
     deed = lambda request: re.sub(r"^.*?\bhow (to|do i) ", "", request.lower()).strip(" .?!")     # the question form's too
     number = {name: i for i, name in enumerate(dict.fromkeys(map(deed, wanted)))}
     return [(request, reply, number[deed(request)] % 10 == 0) for request, reply in wanted.items()]
@@ -93,7 +93,7 @@ def ordinary_requests(policy, labels, synthetic, seed):
     harmless requests, and as many as `synthetic` says that the policy makes up when it is to write the user's turn
     (Magpie, Xu et al. 2024, arXiv 2406.08464). Every tenth is held out."""
     requests = list({r["prompt"]: r["response"] for r in reversed(labels)
-                     if r["source"] in ("opening", "ordinary") and not r["unsafe"]}.items())
+                     if r["source"] in ("opening", "harmless") and not r["unsafe"]}.items())
     trie, generator, made_up = TrieCache(policy), torch.Generator().manual_seed(seed), {}
     root = trie.insert(trie.root, policy.template.prefix)
     for _ in range(synthetic):

@@ -1,0 +1,45 @@
+"""
+One table of several runs of eval.py, such as those of three seeds.
+
+    python results/merge.py out/visible out/visible_seed1 out/visible_seed2 --out results/visible.json
+
+A method and width that stands in several folders has the mean over all of their replies. (The intervals take these for
+independent. Replies to one prompt are not quite, so true intervals are somewhat wider.) Prints the table, writes the
+summary, and draws with --plot.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the modules are at top level, one folder up
+
+from files import BadInput, Parser, check_output, read_json, run, write_file     # noqa: E402
+
+from eval import markdown, read_results, summarize          # noqa: E402
+from results.draw import attack_success                     # noqa: E402
+
+
+def main():
+    parser = Parser(description="One table of several runs of eval.py.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="what eval.py had as --out")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the summary to write")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
+    args = parser.parse_args()
+    for path in filter(None, (args.out, args.plot)):
+        check_output(path)
+    results, first = [], read_json(args.folders[0] / "arguments.json")
+    for folder in args.folders:
+        differ = [key for key, value in read_json(folder / "arguments.json").items() if first.get(key) != value]
+        if set(differ) - {"seed"}:
+            raise BadInput(f"{folder} and {args.folders[0]} differ in {', '.join(differ)}; only seeds may differ")
+        results += read_results(folder)
+    summary = summarize(results, None)
+    write_file(args.out, json.dumps({"arguments": first | {"seed": "several"}, "rows": summary}, indent=1) + "\n")
+    if args.plot:
+        attack_success(args.plot, summary)
+    print(markdown(summary), end="")
+
+
+if __name__ == "__main__":
+    run(main)
