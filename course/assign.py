@@ -26,7 +26,7 @@ from files import BadInput, Parser, run                     # noqa: E402
 # All that a copy has, but for the tests of exercises. Nothing else is copied: no history, no file of the lecturer's.
 MODULES = "files tokenizer model trie_cache mrm adapters saffron engine search train_mrm sample eval bench page"
 COPIED = [f"{name}.py" for name in MODULES.split()] + [
-    "page.html", "README.md", "LICENSE", "CITATION.cff", "requirements.txt", ".gitignore", "docs/page.png",
+    "page.html", "README.md", "LICENSE", "CITATION.cff", "requirements.txt", ".gitignore", "docs/*",
     "results/draw.py", "results/*.json", "results/*.png", "data/corpus.py", "data/download.py",
     "data/*/prepare.py", "data/*/readme.md", "data/prompts/*.jsonl", "data/smollm2/guard.safetensors",
     "data/smollm2/judge.safetensors", "data/smollm2/mrm.safetensors",

@@ -171,7 +171,7 @@ def test_harmless_requests_are_better_answered_than_refused(labelled):
 
 
 def test_the_judge_learns_from_nothing_that_the_guard_learns_from(labelled):
-    """With the README's commands, the guard reads each fourth row of DiaSafety."""
+    """With the commands of docs/train.md, the guard reads each fourth row of DiaSafety."""
     train, _, _, judge, judge_val = labelled
     rows = [r for r in train if r["source"] != "diasafety"] + [r for r in train if r["source"] == "diasafety"][3::4]
     pair = lambda r: (r["prompt"], r.get("prefill", ""), r["response"])
