@@ -3,12 +3,17 @@ Write a student copy of this repository, in which chosen functions are left to b
 
     python course/assign.py --out DIR                    all exercises
     python course/assign.py --out DIR --exercise 1 4     some of them
+    python course/assign.py --out DIR --week 1 2 --week 3 --week 4 5 6
     python -m pytest tests --exercise 4                 in the copy: grade one
 
 The copy has the modules with those bodies replaced by NotImplementedError("exercise N: ..."), signature and docstring
 kept; HANDOUT.md, a page for each exercise; the tests that check exercises, without those that would show a solution; and
 what is needed to run it. Bodies are found in the syntax tree, so the code needs no markers. An exercise's points are
 those of its tests, which carry the mark exercise(N, points=P).
+
+A copy with some exercises holds the solutions of all others. With --week once for each week, the copies are DIR/week1,
+DIR/week2 and so on, and the exercises of all weeks are open in each: students take along what they wrote before.
+grade.py grades a class.
 """
 
 import ast
@@ -27,10 +32,10 @@ from files import BadInput, Parser, run                     # noqa: E402
 MODULES = "files tokenizer model trie_cache mrm adapters saffron engine search train_mrm sample eval bench page"
 COPIED = [f"{name}.py" for name in MODULES.split()] + [
     "page.html", "README.md", "LICENSE", "CITATION.cff", "requirements.txt", ".gitignore", "docs/*",
-    "results/draw.py", "results/*.json", "results/*.png", "data/corpus.py", "data/download.py",
-    "data/*/prepare.py", "data/*/readme.md", "data/prompts/*.jsonl", "data/smollm2/guard.safetensors",
+    "results/*.py", "results/*.json", "results/*.png", "data/corpus.py", "data/download.py",
+    "data/*/prepare.py", "data/*/readme.md", "data/safety_labels/*.txt", "data/prompts/*.jsonl", "data/smollm2/guard.safetensors",
     "data/smollm2/judge.safetensors", "data/smollm2/mrm.safetensors",
-    "tests/conftest.py", "tests/golden/*", "tests/golden/*/*"]
+    "tests/conftest.py", "tests/readme.md", "tests/golden/*", "tests/golden/*/*"]
 TESTS = [f"tests/test_{name}.py" for name in ("model", "trie_cache", "mrm", "saffron", "searches")]
 
 
@@ -40,6 +45,7 @@ class Exercise:
     level: str
     functions: list = field(default_factory=list)       # to be written: "file.py:function", "file.py:Class.function"
     shown_by: list = field(default_factory=list)        # other functions that would show how; they are blanked too
+    needs: list = field(default_factory=list)           # exercises without which some of its tests cannot run
 
 
 EXERCISES = {
@@ -47,13 +53,15 @@ EXERCISES = {
     2: Exercise("grouped-query attention under a tree mask", "medium", ["trie_cache.py:TrieCache.attend"],
                 ["bench.py:CopyCache.attend"]),
     3: Exercise("trie lookup and slots", "medium", ["trie_cache.py:TrieCache.insert",
-                "trie_cache.py:TrieCache.take_slot", "trie_cache.py:TrieCache.keep"]),
+                "trie_cache.py:TrieCache.take_slot", "trie_cache.py:TrieCache.keep"], needs=[1, 2]),
     4: Exercise("nucleus candidates", "medium", ["search.py:nucleus", "search.py:candidates"],
                 ["saffron.py:nucleus", "saffron.py:saffron"]),
-    5: Exercise("partial-supervision loss", "easy", ["mrm.py:partial_supervision_loss", "mrm.py:MRM.child_rewards"]),
-    6: Exercise("conservative mask", "easy", ["mrm.py:MRM.conservative_rewards"]),
-    7: Exercise("the saffron step", "hard", ["search.py:saffron", "search.py:best"], ["saffron.py:saffron"]),
-    8: Exercise("reward-balanced search", "hard", ["search.py:rebase", "search.py:shares"]),
+    5: Exercise("partial-supervision loss", "easy", ["mrm.py:partial_supervision_loss", "mrm.py:MRM.child_rewards"],
+                needs=[1]),
+    6: Exercise("conservative mask", "easy", ["mrm.py:MRM.conservative_rewards"], needs=[1]),
+    7: Exercise("the saffron step", "hard", ["search.py:saffron", "search.py:best"], ["saffron.py:saffron"],
+                needs=[1, 2, 3, 4, 5]),
+    8: Exercise("reward-balanced search", "hard", ["search.py:rebase", "search.py:shares"], needs=[1, 2, 3, 4]),
     9: Exercise("a better rule for unseen tokens", "research, open-ended"),
     10: Exercise("a search of your own", "research, open-ended"),
 }
@@ -122,13 +130,23 @@ def text_of(number):
     return (ROOT / "course" / f"{number:02d}.md").read_text(encoding="utf-8")
 
 
-def handout(numbers):
-    """HANDOUT.md: how to work, and a page for each exercise."""
+def listed(numbers):
+    """[4] -> "exercise 4", [4, 5] -> "exercises 4, 5"."""
+    return f"exercise{'s' * (len(numbers) != 1)} {', '.join(map(str, numbers))}"
+
+
+def handout(numbers, other_weeks=()):
+    """HANDOUT.md: how to work, and a page for each exercise. other_weeks: exercises that are open too."""
+    needed = {n: [m for m in EXERCISES[n].needs if m in {*numbers, *other_weeks}] for n in numbers}
     pages = [text_of(0) + """
-| exercise | level | points |
-|---|---|---|
+| exercise | level | points | needs first |
+|---|---|---|---|
 """ + "".join(f"| {n}. {EXERCISES[n].title} | {EXERCISES[n].level} | "
-              f"{sum(points for _, points, _ in tests_of(n)) or 'by report'} |\n" for n in numbers)]
+              f"{sum(points for _, points, _ in tests_of(n)) or 'by report'} | "
+              f"{', '.join(map(str, needed[n])) or 'none'} |\n" for n in numbers)]
+    if other_weeks:
+        pages[0] += (f"\nOpen in this copy too, from other weeks: {listed(other_weeks)}. "
+                     "Take along the files that you wrote.\n")
     for n in numbers:
         exercise, tests = EXERCISES[n], list(tests_of(n))
         page = f"# Exercise {n}: {exercise.title}\n\nLevel: {exercise.level}."
@@ -137,6 +155,8 @@ def handout(numbers):
             page += f" Points: {sum(points for _, points, _ in tests)}. To write: {names}."
         for file, name in (function.split(":") for function in exercise.shown_by):
             page += f" (`{name}` in {file} is blank in this copy too, since it would show how. You need not write it.)"
+        if needed[n]:
+            page += f" First write {listed(needed[n])}: until then, tests of this one are skipped."
         page += "\n" + text_of(n) + "\n"
         if tests:
             page += "\n**What the tests check**\n\n" + "".join(
@@ -145,13 +165,19 @@ def handout(numbers):
     return "\n---\n\n".join(pages)
 
 
-def write_copy(out, numbers):
-    """Write a student copy with these exercises. Raises BadInput when there is something at `out` already."""
-    out = Path(out)
+def check_free(out):
+    """Raises BadInput when there is something at `out` already, or no folder for it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"--out {out}: there is something already; expected a name that is free, or an empty folder")
     if not out.resolve().parent.is_dir():
         raise BadInput(f"--out {out}: there is no folder {out.resolve().parent}")
+
+
+def write_copy(out, numbers, other_weeks=()):
+    """Write a student copy with these exercises, and those of other weeks open too. Raises BadInput when there is
+    something at `out` already."""
+    out = Path(out)
+    check_free(out)
     with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
         copy = Path(folder) / "copy"
         for pattern in COPIED:
@@ -160,13 +186,13 @@ def write_copy(out, numbers):
                 shutil.copyfile(path, copy / path.relative_to(ROOT))
         for path in TESTS:
             (copy / path).write_text(exercise_tests((ROOT / path).read_text(encoding="utf-8")), encoding="utf-8")
-        for n in numbers:
+        for n in (*numbers, *other_weeks):
             for function in EXERCISES[n].functions + EXERCISES[n].shown_by:
                 file, name = function.split(":")
                 note = "" if function in EXERCISES[n].functions else " (not to be written)"
                 source = (copy / file).read_text(encoding="utf-8")
                 (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}{note}"), encoding="utf-8", newline="\n")
-        (copy / "HANDOUT.md").write_text(handout(numbers), encoding="utf-8", newline="\n")
+        (copy / "HANDOUT.md").write_text(handout(numbers, other_weeks), encoding="utf-8", newline="\n")
         for path in copy.iterdir():                             # all is written by now, and has only to be renamed
             out.mkdir(exist_ok=True)
             path.rename(out / path.name)
@@ -175,12 +201,24 @@ def write_copy(out, numbers):
 def main():
     parser = Parser(description="Write a student copy of this repository.")
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet, or is empty")
-    parser.add_argument("--exercise", type=int, nargs="+", choices=list(EXERCISES), default=list(EXERCISES), metavar="N",
-                        help="1 to 10 (default: all)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--exercise", type=int, nargs="+", choices=list(EXERCISES), default=list(EXERCISES), metavar="N",
+                       help="1 to 10 (default: all)")
+    which.add_argument("--week", type=int, nargs="+", choices=list(EXERCISES), action="append", metavar="N",
+                       help="the exercises of a week, once for each week: a copy for each, in all of which all are open")
     args = parser.parse_args()
-    numbers = sorted(set(args.exercise))
-    write_copy(args.out, numbers)
-    print(f"wrote {args.out} with exercise{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}: begin with HANDOUT.md there")
+    open_ones = sorted({n for week in args.week or [args.exercise] for n in week})
+    if args.week:
+        check_free(Path(args.out))
+        Path(args.out).mkdir(exist_ok=True)
+    for i, week in enumerate(args.week or [args.exercise], 1):
+        numbers, out = sorted(set(week)), Path(args.out, f"week{i}") if args.week else args.out
+        write_copy(out, numbers, [n for n in open_ones if n not in numbers])
+        print(f"wrote {out} with {listed(numbers)}: begin with HANDOUT.md there")
+    solved = [n for n, exercise in EXERCISES.items() if exercise.functions and n not in open_ones]
+    if solved:
+        print(f"inside are the solutions of {listed(solved)}: "
+              "with --week once for each week, those of all weeks are left out")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ def test_exactly_the_tests_of_a_missing_exercise_fail(copies, n):
     assert mine and set(copies[0].values()) == {"PASSED"} and copies[n].keys() == copies[0].keys()
     for name, outcome in copies[n].items():
         assert outcome == "FAILED" if name.partition("[")[0] in mine else outcome in ("PASSED", "SKIPPED"), name
+    skipped = {name.partition("[")[0] for name, outcome in copies[n].items() if outcome == "SKIPPED"}
+    assert {m for m in GRADED if skipped & {name for name, _, _ in assign.tests_of(m)}} == {
+        m for m in GRADED if n in assign.EXERCISES[m].needs}, "the handout says which are needed first"
 
 
 def test_every_exercise_has_tests_a_page_and_points():
@@ -102,9 +105,37 @@ def test_grading_prints_points_and_what_else_is_needed(student):
     outcomes, out = run_tests(student, "--exercise", "7")
     total = sum(points for _, points, _ in assign.tests_of(7))
     assert out.rstrip().splitlines()[-1] == f"0 of {total} points"
-    assert "needs exercise 1" in run_tests(student, "--exercise", "5")[1]
+    assert "first write exercise 1: " in run_tests(student, "--exercise", "5")[1]
     assert set(outcomes) and all(o in ("FAILED", "SKIPPED") for o in outcomes.values())
     assert {name.partition("[")[0] for name in outcomes} == {name for name, _, _ in assign.tests_of(7)}
+
+
+def test_a_module_that_ends_the_program_is_0_points(tmp_path):
+    """pytest alone would end without a word, and with status 0."""
+    assign.write_copy(tmp_path / "copy", [4])
+    (tmp_path / "copy" / "search.py").write_text("import sys; sys.exit(0)")
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests", "--exercise", "4"], cwd=tmp_path / "copy",
+                          capture_output=True, text=True)
+    assert done.returncode != 0 and "0 points: a module ends the program" in done.stdout + done.stderr
+
+
+def test_weeks_leave_each_other_open(tmp_path):
+    """A copy for each week, and no week's copy shows the solution of another one's exercise."""
+    status, out, err = run_script("course/assign.py", "--out", tmp_path / "weeks", "--week", "1", "--week", "4", "5")
+    assert (status, err) == (0, "") and "inside are the solutions of exercises 2, 3, 6, 7, 8" in out
+    for week, mine, others in (("week1", [1], "exercises 4, 5"), ("week2", [4, 5], "exercise 1")):
+        text = (tmp_path / "weeks" / week / "HANDOUT.md").read_text(encoding="utf-8")
+        assert re.findall(r"# Exercise (\d+)", text) == list(map(str, mine)) and f"from other weeks: {others}." in text
+        for n in (1, 4, 5):
+            for file, name in (function.split(":") for function in assign.EXERCISES[n].functions):
+                assert isinstance(body_of(tmp_path / "weeks" / week / file, name).body[-1], ast.Raise)
+    assert "First write exercise 1:" in text and "| 5. partial-supervision loss | easy | 6 | 1 |" in text
+
+
+def test_a_copy_with_some_exercises_says_what_it_shows(tmp_path):
+    status, out, err = run_script("course/assign.py", "--out", tmp_path / "copy", "--exercise", "4", "5", "6")
+    assert (status, err) == (0, "") and "inside are the solutions of exercises 1, 2, 3, 7, 8" in out
+    assert "| 5. partial-supervision loss | easy | 6 | none |" in (tmp_path / "copy" / "HANDOUT.md").read_text(encoding="utf-8")
 
 
 def test_an_empty_folder_may_be_filled(tmp_path, monkeypatch):
@@ -117,7 +148,8 @@ def test_an_empty_folder_may_be_filled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options, said", [
     (["--out", "tests"], "something already"), (["--out", "LICENSE"], "something already"), ([], "--out"), (["--out", "no-such/copy"], "there is no folder"),
-    (["--out", "no-such", "--exercise", "99"], "99")])
+    (["--out", "no-such", "--exercise", "99"], "99"), (["--out", "tests", "--week", "1"], "something already"),
+    (["--out", "no-such", "--week", "1", "--exercise", "2"], "not allowed with")])
 def test_bad_input(options, said):
     status, out, err = run_script("course/assign.py", *options)
     assert (status, out) == (2, "") and said in err and err.count("\n") == 1

@@ -10,6 +10,7 @@ import torch
 from conftest import GOLDEN
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from files import BadInput
@@ -55,9 +56,19 @@ def test_loss_equals_the_naive_one(new_mrm):
     torch.testing.assert_close(loss, naive, atol=1e-12, rtol=1e-12)
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.exercise(5, points=2)
 def test_loss_computes_one_entry_for_each_position(new_mrm, monkeypatch):
-    """Never M(s) for the whole vocabulary, which in training would be [positions, vocab]."""
+    """Never M(s) for the whole vocabulary, which in training would be [positions, vocab]; and without a loop over
+    positions: 64 of them take no more operations than 4."""
     monkeypatch.setattr(new_mrm.llama, "logits", lambda hidden: pytest.fail("all of M(s) was computed"))
     monkeypatch.setattr(new_mrm, "next_rewards", lambda hidden: pytest.fail("all of M(s) was computed"))
     hidden, children = torch.randn(7, 48, dtype=torch.float64), torch.tensor([1, 5, 1, 400, 0, 511, 5])
@@ -71,6 +82,15 @@ def test_loss_computes_one_entry_for_each_position(new_mrm, monkeypatch):
     torch.testing.assert_close(new_mrm.child_rewards(hidden, children), entries + 1)
     new_mrm.bias.data.zero_(), new_mrm.gain.data.zero_()
     assert new_mrm.child_rewards(hidden, children).abs().max() == 0
+    hidden, children = torch.randn(64, 48, dtype=torch.float64), torch.arange(64)
+    rewards = torch.ones(64, dtype=torch.float64)
+    for function in (lambda n: new_mrm.child_rewards(hidden[:n], children[:n]),
+                     lambda n: partial_supervision_loss(new_mrm, hidden[:n], children[:n], rewards[:n])):
+        with Operations() as few:
+            function(4)
+        with Operations() as many:
+            function(64)
+        assert many.count == few.count, "a loop over positions"
 
 
 @pytest.mark.exercise(5, points=1)

@@ -21,7 +21,6 @@ README = "README.md"
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
 READMES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("data/*/readme.md"), ROOT / "tests" / "readme.md"])
 PAGES = [README, *DOCS, *READMES]
-PLANNED = {"course/grade.py"}               # described, but not there yet
 FILE = re.compile(r"\.(py|md|jsonl?|html|png|txt|safetensors|csv|jinja|gz|log)$")
 ROOTS = {"prompt", "policy", "result"}      # what examples call their variables
 

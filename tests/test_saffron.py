@@ -254,11 +254,18 @@ def test_nucleus_equals_sorting_the_whole_vocabulary(seed):
 
 @pytest.mark.exercise(4, points=1)
 def test_with_top_p_1_a_nucleus_is_all_that_is_possible():
-    """All tokens but those of probability 0, also where rounding takes the sum to 1 too early, or never."""
+    """All tokens but those of probability 0, also where rounding takes the sum to 1 too early, or never. Of the last 500
+    tokens all are possible, though the likeliest one has the probability 1 in float32."""
     for seed in range(30):
         p = torch.randn(49152, generator=torch.Generator().manual_seed(seed)).softmax(-1)
         p[7] = 0.0
         assert sorted(nucleus(p / p.sum(), 1.0).tolist()) == [token for token in range(49152) if token != 7]
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    logits[7] = 30.0
+    p = logits.softmax(-1)
+    assert p[7] == 1 and p.min() > 0
+    assert nucleus(p, 1.0).tolist() == p.sort(descending=True, stable=True).indices.tolist()
+    assert sorted(candidates(logits[None], None, 1.0, 1.0)[1].tolist()) == list(range(500))
 
 
 @pytest.mark.parametrize("seed", range(8))
