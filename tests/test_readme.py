@@ -121,10 +121,10 @@ def test_names_in_backticks_are_there(name):
 def test_files_that_the_pages_name_are_there():
     """Python files and pages, in backticks or not: with a folder from the root or beside the page, without one anywhere."""
     files = {path.name for pattern in ("*", "*/*", "*/*/*") for path in ROOT.glob(pattern)}
-    files |= {path.split("/")[-1] for path in PLANNED} | {"my_search.py", "HANDOUT.md", "table.md"}      # what is written
+    files |= {"my_search.py", "HANDOUT.md", "table.md"}      # what is written
     for name in PAGES:
         for path in re.findall(r"(?<![\w/*])[\w./]+\.(?:py|md)\b", text_of(name)):
-            beside = (ROOT / path).exists() or ((ROOT / name).parent / path).exists() or path in PLANNED
+            beside = (ROOT / path).exists() or ((ROOT / name).parent / path).exists()
             assert beside if "/" in path and not path.startswith("data/NAME") else path.split("/")[-1] in files, (name, path)
 
 
@@ -237,7 +237,7 @@ def test_commands_parse(name, capsys):
         if script == "-m":
             assert options[0] == "pytest" and options[1:] in ([], ["tests", "--exercise", "4"]), command
             continue
-        if script == "my_search.py" or script in PLANNED and not (ROOT / script).exists():
+        if script == "my_search.py":
             continue
         assert (ROOT / script).is_file(), command
         parser = parser_of(script)
