@@ -110,7 +110,7 @@ def main():
     prompt = policy.tokenizer.prompt(PROMPT, PREFILL)
     print(f"prompt:  {PROMPT}\nprefill: {PREFILL}")
     for name, search in (("no search", lambda: greedy(policy, prompt, 24)),
-                         ("saffron, width 2", lambda: saffron(policy, mrm, prompt, 2, 24)[-1][0].tokens)):
+                         ("saffron, width 3", lambda: saffron(policy, mrm, prompt, 3, 24)[-1][0].tokens)):
         started, reply = time.time(), search()
         print(f"\n--- {name}, {time.time() - started:.1f} s\n[{PREFILL}]{policy.tokenizer.decode(reply)}")
         print(f"the guard's reward of it: {guard.score(prompt, [reply]).item():+.2f}")

@@ -261,7 +261,7 @@ def test_there_are_commands():
     """The test above finds what it should."""
     found = [" ".join(command) for name in PAGES for command in commands(text_of(name))]
     assert len(found) > 60
-    for part in ("python sample.py --safety saffron", "python -m pytest", "--hide_prefill --beta 0 --out out/hidden2", "--html tree.html",
+    for part in ("python sample.py --safety saffron", "python -m pytest", "--hide_prefill --beta 0 --out out/hidden", "--html tree.html",
                  "--weights {\"hh_rlhf\": 0.5}", "train_mrm.py --siblings 0"):
         assert any(part in command for command in found), part
 

@@ -368,7 +368,7 @@ def test_one_page_runs_as_a_command(smollm2_folder):
     status, out, error = run_script("saffron.py")
     assert status == 0, error
     rewards = [float(line.split(": ")[1]) for line in out.splitlines() if line.startswith("the guard's reward")]
-    assert "--- no search" in out and "--- saffron, width 2" in out and rewards[0] < 0 < rewards[1]
+    assert "--- no search" in out and "--- saffron, width 3" in out and rewards[0] < 0 < rewards[1]
     source = (ROOT / "saffron.py").read_text()
     assert len(source.splitlines()) <= 120
     assert not {"trie_cache", "engine", "search"} & set(re.findall(r"^(?:from|import) (\w+)", source, re.M))

@@ -159,7 +159,7 @@ def restated(request):
 
 
 def answered_and_refused(source, requests, answer_label, refusal_label, refusals, pick):
-    """Three openings of an answer to each request, and two refusals. For harmless requests a refusal is NEEDLESS:
+    """One to three openings of an answer to each request, and two refusals. For harmless requests a refusal is NEEDLESS:
     without such rows the guard likes an apology at least as well as an answer, and so does a search with it."""
     result = []
     for request in requests:
