@@ -35,7 +35,8 @@ def main():
             raise BadInput(f"{folder} and {args.folders[0]} differ in {', '.join(differ)}; only seeds may differ")
         results += read_results(folder)
     summary = summarize(results, None)
-    write_file(args.out, json.dumps({"arguments": first | {"seed": "several"}, "rows": summary}, indent=1) + "\n")
+    arguments = {key: Path(value).name if key in ("policy", "mrm_base") else value for key, value in first.items()}
+    write_file(args.out, json.dumps({"arguments": arguments, "rows": summary}, indent=1) + "\n")
     if args.plot:
         attack_success(args.plot, summary)
     print(markdown(summary), end="")
