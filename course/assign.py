@@ -203,7 +203,7 @@ def main():
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet, or is empty")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--exercise", type=int, nargs="+", choices=list(EXERCISES), default=list(EXERCISES), metavar="N",
-                       help="1 to 10 (default: all)")
+                       help="1 to 10")
     which.add_argument("--week", type=int, nargs="+", choices=list(EXERCISES), action="append", metavar="N",
                        help="the exercises of a week, once for each week: a copy for each, in all of which all are open")
     args = parser.parse_args()

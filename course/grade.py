@@ -150,9 +150,9 @@ def parse_arguments():
     parser = Parser(description="Grade a class: a row for each student in a CSV.")
     parser.add_argument("--exercises", nargs="+", required=True, metavar="N", help="1 to 8")
     parser.add_argument("--out", type=Path, default=Path("grades.csv"), metavar="FILE",
-                        help="the table, a CSV (default: grades.csv)")
+                        help="the table, a CSV")
     parser.add_argument("--time_limit", type=number(1, 86400), default=60, metavar="S",
-                        help="seconds of computing for a submission (default: 60)")
+                        help="seconds of computing for a submission")
     parser.add_argument("submissions", nargs="*", metavar="DIR",
                         help="a folder for each student, its name the student's, with the modules in it")
     args = parser.parse_args()

@@ -3,8 +3,9 @@ The same MRM under another V_unseen, to measure what the conservative constraint
 
     python results/masks.py --data data/safety_rewards --min_count 30 --out out/mrm_30.safetensors
 
-A token is unseen that stands fewer than --min_count times in the training replies (0: no token is unseen), as in
-train_mrm.py. With --siblings, labelled siblings are counted too. Everything but the mask is as in --mrm.
+A token is unseen that stands fewer than --min_count times in the training replies (0: no token is unseen). All of them
+are counted; train_mrm.py leaves out those that its --weights leave out, so at the same count it has
+more unseen tokens. With --siblings, labelled siblings are counted too. Everything but the mask is as in --mrm.
 """
 
 import json

@@ -8,6 +8,7 @@ independent. Replies to one prompt are not quite, so true intervals are somewhat
 summary, and draws with --plot.
 """
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -28,15 +29,19 @@ def main():
     args = parser.parse_args()
     for path in filter(None, (args.out, args.plot)):
         check_output(path)
-    results, first = [], read_json(args.folders[0] / "arguments.json")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("--plot needs matplotlib: pip install matplotlib")
+    results, seeds, first = [], [], read_json(args.folders[0] / "arguments.json")
     for folder in args.folders:
-        differ = [key for key, value in read_json(folder / "arguments.json").items() if first.get(key) != value]
+        arguments = read_json(folder / "arguments.json")
+        seeds.append(arguments.get("seed"))
+        differ = [key for key, value in arguments.items() if first.get(key) != value]
         if set(differ) - {"seed"}:
             raise BadInput(f"{folder} and {args.folders[0]} differ in {', '.join(differ)}; only seeds may differ")
         results += read_results(folder)
     summary = summarize(results, None)
-    arguments = {key: Path(value).name if key in ("policy", "mrm_base") else value for key, value in first.items()}
-    write_file(args.out, json.dumps({"arguments": arguments, "rows": summary}, indent=1) + "\n")
+    models = {key: Path(first[key]).name for key in ("policy", "mrm_base")}         # without this machine's folders
+    write_file(args.out, json.dumps({"arguments": first | models | {"seed": seeds}, "rows": summary}, indent=1) + "\n")
     if args.plot:
         attack_success(args.plot, summary)
     print(markdown(summary), end="")

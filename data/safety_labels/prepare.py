@@ -1,5 +1,5 @@
 """
-Labelled replies, to train and validate the guard: JailbreakBench, XSTest, DiaSafety and AdvBench's openings.
+Labelled replies, to train and validate the guard: JailbreakBench, XSTest, DiaSafety, AdvBench's openings, our own.
 
     python data/safety_labels/prepare.py [--from FOLDER]
 
