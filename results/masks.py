@@ -3,9 +3,9 @@ The same MRM under another V_unseen, to measure what the conservative constraint
 
     python results/masks.py --data data/safety_rewards --min_count 30 --out out/mrm_30.safetensors
 
-A token is unseen that stands fewer than --min_count times in the training replies (0: no token is unseen). All of them
-are counted; train_mrm.py leaves out those that its --weights leave out, so at the same count it has
-more unseen tokens. With --siblings, labelled siblings are counted too. Everything but the mask is as in --mrm.
+A token is unseen if it stands fewer than --min_count times in the training replies (0: no token is unseen). With
+--siblings, labelled siblings are counted too. Everything but the mask is as in --mrm. With the data, --min_count and
+--weights of its training, the mask is the same.
 """
 
 import json
@@ -22,6 +22,7 @@ from adapters import DEFAULT, load_llama, read_metadata     # noqa: E402
 from data.corpus import read_rewards                        # noqa: E402
 from model import read_tensors                              # noqa: E402
 from mrm import unseen_tokens                               # noqa: E402
+from train_mrm import weigh, weights                        # noqa: E402
 
 
 def main():
@@ -31,13 +32,15 @@ def main():
     add("--base", default=DEFAULT, help="the Llama that it is on")
     add("--data", required=True, help="the corpus that it has learned from")
     add("--min_count", type=number(0), required=True, help="occurrences from which on a token counts as seen")
+    add("--weights", type=weights, default={}, help="as in training: a source of weight 0 is not counted")
     add("--siblings", action="store_true", help="count labelled siblings as occurrences")
     add("--out", type=Path, required=True, help="the adapter file to write")
     args = parser.parse_args()
     check_output(args.out)
     llama, tensors = load_llama(args.base), dict(read_tensors(args.mrm))
     training, _ = read_rewards(args.data, llama)
-    texts = [e.reply + [token for _, token, _ in e.siblings if args.siblings] for e in training]
+    distinct = {id(e): e for e in weigh(training, args.weights)}.values()           # --weights may repeat a reply
+    texts = [e.reply + [token for _, token, _ in e.siblings if args.siblings] for e in distinct]
     tensors["unseen"] = unseen_tokens(texts, llama.config, args.min_count)
     write_file(args.out, save(tensors, {k: json.dumps(v) for k, v in read_metadata(args.mrm).items()}))
     print(f"{args.out}: seen tokens: {int((~tensors['unseen']).sum())} of {len(tensors['unseen'])}")

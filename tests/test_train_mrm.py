@@ -120,6 +120,31 @@ def test_mrm_counts_supervised_tokens_as_seen(rewards, base, tmp_path, monkeypat
     assert set((~unseen).nonzero().flatten().tolist()) == seen
 
 
+def test_a_trained_mrm_under_another_mask(rewards, base, tmp_path, monkeypatch):
+    """results/masks.py: with the count and weights of training the file is the same; the mask alone changes with others."""
+    trained = tmp_path / "m.safetensors"
+    weights = ["--weights", '{"made": 0.5}']
+    run(monkeypatch, *options("mrm", rewards, base, trained, steps=1), "--min_count", 3, *weights)
+    tensors = load_file(rewards / SHARD) | {"sibling_counts": torch.ones(40, dtype=torch.long)}
+    tensors |= {"sibling_positions": torch.zeros(40).int(), "sibling_tokens": torch.full((40,), 60).int(),
+                "sibling_rewards": torch.zeros(40)}
+    (tmp_path / "data").mkdir()
+    copy_shard(rewards / SHARD, tmp_path / "data" / SHARD, tensors)
+    masks = {}
+    for name, more in (("same", ["--min_count", 3, *weights]), ("none", ["--min_count", 0]), ("once", ["--min_count", 1]),
+                       ("siblings", ["--min_count", 1, "--siblings"])):
+        out = tmp_path / name
+        status, log, err = run_script("results/masks.py", "--mrm", trained, "--base", base, "--data", tmp_path / "data", *more,
+                                      "--out", out)
+        assert (status, err) == (0, "") and read_metadata(out) == read_metadata(trained)
+        before, after = load_file(trained), load_file(out)
+        masks[name] = after.pop("unseen")
+        assert all(torch.equal(before[key], value) for key, value in after.items())
+        assert f"seen tokens: {int((~masks[name]).sum())} of" in log
+    assert torch.equal(masks["same"], before["unseen"]) and not masks["none"].any()
+    assert masks["once"][60] and (masks["siblings"] != masks["once"]).nonzero().tolist() == [[60]]
+
+
 def test_resume_refuses_the_checkpoint_of_another_run(labels, base, tmp_path, monkeypatch):
     mine = options("guard", labels, base, tmp_path / "g.safetensors")
     run(monkeypatch, *mine, "--stop_after", 2)
