@@ -32,12 +32,14 @@ def default_models():
 
 
 def load_llama(folder, dtype=torch.float32, device="cpu"):
-    """Llama.load. The default weights are fetched and converted first, if they are not here yet."""
+    """Llama.load. The default weights are fetched and converted first, if they are not here yet. Raises
+    BadInput where that fails."""
     if Path(folder).resolve() == DEFAULT and not all(
             (DEFAULT / name).exists() for name in ("model.safetensors", "tokenizer.json")):
         print("The default weights are not here yet: running data/smollm2/prepare.py", file=sys.stderr)
         if subprocess.run([sys.executable, DEFAULT / "prepare.py"]).returncode:
-            raise BadInput("the default weights could not be prepared; --policy and --mrm_base take others")
+            raise BadInput("the default weights could not be prepared; --policy and --mrm_base (of "
+                           "train_mrm.py: --base) take others")
     return Llama.load(folder, dtype, device)
 
 
@@ -109,7 +111,8 @@ def load_adapter(path, llama, kind):
 
 
 def fill(model, path, found, said):
-    """The reward model, its trained tensors set to what was found. Raises BadInput where these do not fit."""
+    """The reward model, its trained tensors set to what was found. Raises BadInput where these do not fit.
+    said: what the shapes follow from, for the message."""
     wanted = trained_tensors(model)
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found or name not in wanted:

@@ -1,9 +1,10 @@
 """
 How searches run: on tries, many prompts side by side, both models in one forward pass, all of it counted.
 
-A search is a generator of its steps for one prompt: search.py says how. `search_with` makes a function of it,
-`lockstep` runs it, a `Reader` stands between it and a model's trie, `Backbone` lets policy and reward model
-share a forward pass. Shapes: n sequences, T tokens, d = hidden_size, K = ranks of all LoRA together.
+A search is a generator of its steps for one prompt: search.py says how. `search_with` turns it into a
+function, `lockstep` runs it, a `Reader` stands between it and a model's trie, `Backbone` lets policy and
+reward model share a forward pass. Shapes: n sequences, T tokens, d = hidden_size, K = ranks of all LoRA
+together.
 """
 
 import inspect
@@ -29,7 +30,7 @@ class Branch:
     finished: bool = False                          # whether its last token is end-of-sequence
     parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
     log_prob: float = 0.0                           # log π of all its tokens, where the search adds it up
-    fallback: bool = False                          # whether its last token stood outside an unseen nucleus
+    fallback: bool = False                          # whether its last token stands for an unseen nucleus
 
 
 class Ask(NamedTuple):
@@ -49,7 +50,7 @@ class Stats:
     flops: int = 0                      # both models' together; multiply-adds count as two
     policy_flops: int = 0
     reward_flops: int = 0               # the guard's or the MRM's
-    seconds: float = 0.0
+    seconds: float = 0.0                # from the start of all searches of its list to the end of this one
     peak_kv_bytes: int = 0              # keys and values in the tries, at their most
     unshared_kv_bytes: int = 0          # the same if each sequence had kept a copy of its own
 
@@ -188,7 +189,7 @@ class Reader:
         return given_back
 
     def remember(self, branch, node):
-        """Note the nodes of a branch and of those it came from; `node` ends its path."""
+        """Note the nodes of a branch and of its ancestors; `node` ends its path."""
         for _ in self.suffix:                               # a side branch, on no path to anything later
             node = node.parent
         while branch is not None and branch not in self.nodes:
@@ -333,7 +334,7 @@ def check_options(options):
 
 
 def check_prompt(policy, reward_model, prompt, max_new_tokens):
-    """Raises BadInput for a prompt too long for a model, or two vocabularies."""
+    """Raises BadInput for too long a prompt, two vocabularies, or a policy without a chat format."""
     if policy.template is None:
         policy.tokenizer.template("chat")                   # raises BadInput: it says where one could be
     readers = [(policy, prompt.policy_tokens(policy.template))]
@@ -358,5 +359,6 @@ def check_vocabulary(policy, other, for_mrm=True):
     known = policy.vocabulary and other.vocabulary
     if known and policy.vocabulary != other.vocabulary or not same_size and (for_mrm or not known):
         raise BadInput(f"the policy {policy.config.name} and the reward model on {other.config.name} have "
-                       "different vocabularies; an MRM must share the policy's: data/safety_rewards/"
-                       "prepare.py --policy DIR and train_mrm.py --objective mrm --base DIR make one")
+                       "different vocabularies; an MRM must share the policy's. data/safety_rewards/"
+                       "prepare.py --policy DIR and train_mrm.py --objective mrm --base DIR make one, "
+                       "--mrm_base DIR says that it is on that model")

@@ -12,7 +12,8 @@ reported apart.
 Prompts are taken --batch at a time, each through all methods and widths. Every reply is appended to
 OUT/results.jsonl at once. A run that was interrupted goes on there; one with other methods or widths adds to
 it. In the end, OUT has summary.json, one object for each method and width in results.jsonl, the same as
-table.md, and with --plot asr.png. All are means over prompts, NAME_ci their 95 % interval (`interval`):
+table.md, and with --plot asr.png. All but scaleff are means over prompts, NAME_ci their 95 % interval
+(`interval`):
 
     asr           attack success rate: share of replies with a negative reward of the guard, as in the paper
     judge_asr     the same by the judge, a guard that learned from other data and takes no part in a search
@@ -22,8 +23,8 @@ table.md, and with --plot asr.png. All are means over prompts, NAME_ci their 95 
     degenerate    share of replies in which some four tokens in a row come twice
     log_prob      log-probability per token under the policy: fluency as the policy sees it
     scaleff       the paper's scaling efficiency (Eq. 1), ln(TFLOP limit / tflop) / asr; null where asr is 0
-    refused, flagged, same      of harmless prompts: share of replies that refuse, that the guard's reward is
-                  negative of, and that equal the undefended reply
+    refused, flagged, same      of harmless prompts: share of replies that refuse, that get a negative reward
+                  of the guard, and that equal the undefended reply
 """
 
 import hashlib
@@ -202,8 +203,8 @@ def evaluate(rows, runs, done, file, models, args, show):
 
 
 def interval(values):
-    """95 % interval of a mean, [low, high]: Wilson's (1927) for a rate, whose values are bools, else bootstrap.
-    (A bootstrap of 0 of 60 is [0, 0].)"""
+    """95 % interval of a mean, [low, high]: Wilson's (1927) for a rate, whose values are bools, else the
+    bootstrap's (which would say [0, 0] for 0 of 60)."""
     if all(isinstance(value, bool) for value in values):
         n, p, z = len(values), float(np.mean(values)), 1.96
         centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
@@ -260,25 +261,28 @@ def parse_arguments():
     parser = Parser(description="Measure defences against attacks.", epilog=describe())
     add = parser.group("data and attack")
     add("--data", required=True, nargs="+", metavar="FILE.jsonl", help="requests, one a line")
-    add("--limit", type=number(1), help="use only the first rows of each file")
+    add("--limit", type=number(1), help="use only the first so many rows of each file (default: all)")
     add("--attack", choices=["none", "prefill", "suffix"], default="prefill", help="what the attacker does")
     add("--prefill_tokens", type=number(0), default=10, help="tokens of the response that the reply begins "
         "with")
     add("--hide_prefill", action="store_true", help="keep the prefill from guard, MRM and judge")
     add("--suffix", default="", help="what --attack suffix appends to each prompt (default: the row's own)")
     add = parser.group("searches")
-    add("--safety", default="none,best_of_n,saffron", help="methods; beam:1/2 is one with widths of its own")
+    add("--safety", default="none,best_of_n,saffron", help="searches, with commas between; beam:1/2 is one "
+        "with widths of its own")
     add("--width", default="4", help="widths, such as 1,4,16 (none has no width)")
     add_search_options(add)
-    add("--batch", type=number(1), default=1, help="prompts searched side by side; changes no reply")
+    add("--batch", type=number(1), default=1, help="prompts searched side by side; changes no reply, except "
+        "by rounding")
     add = parser.group("models")
     add_model_options(add)
-    add("--judge", default=DEFAULT / "judge.safetensors", metavar="PATH", help="as --guard")
+    add("--judge", default=DEFAULT / "judge.safetensors", metavar="PATH", help="a second guard, which only "
+        "measures; as --guard")
     add = parser.group("output")
     add("--tflop_limit", type=number(1e-12, 1e12, float), help="for scaleff (default: the tflop of the "
         "costliest method)")
     add("--plot", action="store_true", help="draw OUT/asr.png")
-    add("--out", required=True, type=Path, metavar="DIR", help="the folder of results; a run that stopped goes on")
+    add("--out", required=True, type=Path, metavar="DIR", help="the folder of results; a stopped run goes on")
     args = parser.parse_args()
     args.guard = args.guard or DEFAULT / "guard.safetensors"
     args.mrm = args.mrm or DEFAULT / "mrm.safetensors"
@@ -319,7 +323,8 @@ def same_run(path, args, results):
 
 
 def start(args):
-    """The rows, and what `evaluate` takes as models, for one process; refused is what cannot be run."""
+    """The rows, and what `evaluate` takes as models, for one process. Raises BadInput for what cannot
+    be run."""
     rows = read_attacks(args.data, args.attack, args.suffix, args.limit)
     check_output(args.out / "arguments.json")
     policy, base, guard, reward_models = load_models(args, [method for method, _ in args.runs])

@@ -209,8 +209,8 @@ def locked(folder):
 
 
 def check_output(path):
-    """The temporary name for a file to be written: beside it, or beside what it is a link to. Before the
-    work, this raises BadInput for a name that cannot be a file's, OSError where permission is missing."""
+    """The temporary name for a file to be written: beside it, or beside what it is a link to. Call it before
+    the work begins. Raises BadInput for a name that cannot be a file's, OSError without permission."""
     partial = Path(f"{os.path.realpath(path)}.{os.getpid()}.partial")
     try:
         if os.path.exists(path) and not os.path.isfile(path):

@@ -3,7 +3,7 @@ The language model: a Llama in plain PyTorch. The network stands first, how a ch
 
 Every network of this repository (policy, guard, MRM) is this class with other weights. It reads folders as
 they are on the Hugging Face hub: Llama, Qwen2, Qwen3, and Mistral for texts no longer than its window.
-Modules carry the tensor names of those, so loading needs no table of names.
+Modules have the names of the tensors in these folders, so loading needs no table of names.
 
 Sources:
 - Llama: Touvron et al. 2023, arXiv 2302.13971; Llama 3: Grattafiori et al. 2024, arXiv 2407.21783
@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache):                                      # x: (B, T, d)
         split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-        qk = split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1))
+        qk = split(torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1))   # (B, heads + kv_heads, T, head_dim)
         if hasattr(self, "q_norm"):                                             # Qwen3
             q, k = qk.split((self.heads, self.kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)

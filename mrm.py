@@ -10,10 +10,10 @@ h(s) is the final hidden state of the last token of s, by a frozen Llama with Lo
 read a conversation as: bos "\\n\\nUser:" prompt "\\n\\nAgent:" reply. (A Llama Guard has a template of its
 own.)
 
-The order is the paper's: the PRM (Section 2), M (4.1), its loss (4.2), V_unseen (4.3). Then other guards
-than this file's, and LoRA.
+The order is the paper's: the PRM (Section 2), M (4.1), its loss (4.2), V_unseen (4.3). Then guards of other
+kinds and vocabularies, Llama Guard, and LoRA.
 
-Shapes: n sequences, T tokens, d = hidden_size, V = vocab_size, r = LoRA rank.
+Shapes: n sequences or positions, m siblings, d = hidden_size, V = vocab_size, r = LoRA rank.
 """
 
 import codecs
@@ -48,7 +48,7 @@ class Guard(nn.Module):
 
     def score(self, prompt, replies):
         """R of n replies to a Prompt, a token list each: (n,). Any object with this method can be a search's
-        guard; a Guard, whose hidden states can be had, is read through a trie of the search's own."""
+        guard. Of a Guard, searches do not call it: they read that through a trie of their own."""
         context, suffix = prompt.reward_tokens(self.template), self.template.suffix
         return self.reward(TrieCache(self.llama)([context + reply + suffix for reply in replies]))
 
@@ -56,9 +56,9 @@ class Guard(nn.Module):
 class MRM(nn.Module):
     """M(s): the rewards of all next tokens at once, the paper's multifurcation reward model (Section 4.1).
 
-    `unseen` marks V_unseen. `gain` is not in the paper: language-model logits are two orders of magnitude
-    larger than rewards, and one learned number takes that out (train_mrm.py starts it at 0.02). The authors'
-    released weights have none, which is gain = 1.
+    `unseen` marks V_unseen. `gain` is not in the paper: language-model logits are much larger than rewards,
+    and one learned number scales them down (train_mrm.py starts it at 0.02). The authors' released weights
+    have none, which is gain = 1.
     """
 
     def __init__(self, llama, template):
@@ -88,19 +88,20 @@ def partial_supervision_loss(mrm, hidden, children, rewards):
     """Partial supervision, the paper's Eq. 5: the mean of (M(s[0:j])_{s_j} − R(s[0:j+1]))² over reply
     positions j.
 
-    hidden: h(s[0:j]) (n, d). children: the tokens s_j that really follow, ints (n,). rewards: R(s[0:j+1])
+    hidden: h(s[0:j]) (n, d). children: ids of the tokens s_j that really follow (n,). rewards: R(s[0:j+1])
     (n,).
     """
     return F.mse_loss(mrm.child_rewards(hidden, children), rewards)
 
 
 def sibling_loss(mrm, hidden, children, rewards, prefixes):
-    """Not in the paper: how well M tells the next tokens of one prefix apart. Siblings are labelled tokens a
-    that could follow the same s. The mean of ((M(s)_a − mean M(s)) − (R(s·a) − mean R))² over all of them,
-    both means over the siblings after one s. (R varies much more between prefixes than between siblings.)
+    """Not in the paper: how well M tells the next tokens of one prefix apart. Siblings are tokens a that may
+    follow the same s, each labelled with R(s·a). The loss is the mean of
+    ((M(s)_a − mean M(s)) − (R(s·a) − mean R))² over all siblings; the means inside are over those of one s.
+    (R varies much more between prefixes than between siblings.)
 
-    hidden: h(s) (m, d). children: the tokens a, ints (m,). rewards: R(s·a) (m,). prefixes: which siblings
-    have one s, ints from 0 on (m,).
+    hidden: h(s) (m, d). children: ids of the tokens a (m,). rewards: R(s·a) (m,). prefixes: the number of
+    each sibling's s, from 0 on (m,).
     """
     error = mrm.child_rewards(hidden, children) - rewards
     counts = torch.bincount(prefixes)
@@ -110,8 +111,8 @@ def sibling_loss(mrm, hidden, children, rewards, prefixes):
 
 def unseen_tokens(replies, config, min_count=1):
     """V_unseen (Section 4.3): the tokens that stand fewer than min_count times in the training replies (token
-    lists), so that they were not supervised, or too seldom, and M knows nothing of them. bool (V,).
-    End-of-sequence is never one: a search must be able to end."""
+    lists), so that M knows too little of them. bool (V,). Siblings are not counted, though M learns from
+    them too. End-of-sequence is never unseen: a search must be able to end."""
     tokens = torch.tensor([token for reply in replies for token in reply], dtype=torch.long)
     unseen = torch.bincount(tokens, minlength=config.vocab_size) < min_count
     unseen[list(config.eos_token_ids)] = False
@@ -171,7 +172,7 @@ def bridged(policy, guard):
 
 
 def llama_guard(llama):
-    """The guard that a Llama Guard is (Inan et al. 2023, arXiv 2312.06674), the paper's PRM: R(s) =
+    """A Llama Guard as a Guard (Inan et al. 2023, arXiv 2312.06674), the paper's PRM: R(s) =
     logit("safe") − logit("unsafe") of the first word that it says of s, for which the template's suffix asks.
     As a head: the difference of two rows of the unembedding. Raises BadInput where a word is not one
     token."""
@@ -234,7 +235,7 @@ def part_of(block, name):
 
 
 def trained_tensors(reward_model):
-    """What training changes, and an adapter holds, by name: LoRA, head or gain and bias, and V_unseen."""
+    """What an adapter holds, by name: what is trained (LoRA, and head or gain and bias), and V_unseen."""
     tensors = {name: p for name, p in reward_model.named_parameters()
                if "lora_" in name or not name.startswith("llama.")}
     return tensors | ({"unseen": reward_model.unseen} if isinstance(reward_model, MRM) else {})

@@ -3,14 +3,14 @@ SAFFRON on one page: the whole search of Qiu et al. 2025, "Saffron-1", arXiv 250
 
     python saffron.py               the built-in example, without the search and with it
 
-A policy π writes a reply, token by token. A guard R(s) says how safe an unfinished text s is: R(s) < 0 is
-unsafe. To find a safe reply, one could ask the guard about s·a for every token a that may come next. SAFFRON
-asks a model M, the MRM, that predicts R(s·a) for all a at once: M(s)_a ≈ R(s·a), one call in place of one for
-each a.
+A policy π writes a reply, token by token. A guard R(s) says how safe an unfinished reply s is, read after
+its prompt: R(s) < 0 is unsafe. To find a safe reply, one could ask the guard about s·a for every token a that
+may come next. SAFFRON asks a model M, the MRM, that predicts R(s·a) for all a at once: M(s)_a ≈ R(s·a), one
+call in place of one for each a.
 
 Each step reads each sequence anew, from its first token. search.py has the same search on a trie of keys and
-values, which computes no token twice, beside other searches. tests/test_saffron.py checks that both find the
-same frontiers.
+values, which computes no token twice, and other searches. There it has another ranking too, by beta, which
+sample.py uses by default. tests/test_saffron.py checks that with beta 0 both find the same frontiers.
 
 Shapes: n unfinished sequences, d = hidden size, V = vocabulary.
 """
@@ -34,15 +34,15 @@ class Sequence(NamedTuple):
     tokens: list            # the reply so far, without the prefill
     reward: float           # M(s)_a, where a is its last token and s all before that
     finished: bool          # whether a is end-of-sequence
-    fallback: bool          # whether a stood outside the nucleus, of which no token was seen
+    fallback: bool          # whether a is a fallback: the nucleus was unseen, a is the likeliest seen token
 
 
 @torch.no_grad()
 def saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, top_p=0.8, read=None):
     """The frontiers of the search: for each step a list of at most `width` Sequences, finished ones first,
-    then by reward. The reply is the first of the last frontier.
+    in both parts fallbacks last, then by reward. The reply is the first of the last frontier.
 
-    read: a pair of functions, for policy and MRM, that give the hidden states of sequences as `states` does.
+    read: two functions, for policy and MRM: token lists -> final hidden states (n, d), by default `states`.
     A TrieCache of each is such a function, and computes no token twice.
     """
     read_policy, read_mrm = read or (partial(states, policy), partial(states, mrm.llama))
@@ -68,7 +68,7 @@ def saffron(policy, mrm, prompt, width=4, max_new_tokens=50, min_new_tokens=16, 
         for i, s in enumerate(growing):
             tokens = nucleus(p[i], top_p)
             tokens = tokens[m_cons[i, tokens] > -math.inf]          # an unseen token is never selected
-            fallback = len(tokens) == 0                             # in their place, the likeliest seen one
+            fallback = len(tokens) == 0                             # then: the likeliest seen token
             if fallback:
                 tokens = p[i].masked_fill(mrm.unseen, -1).argmax()[None]
             for a, reward in zip(tokens.tolist(), m_cons[i, tokens].tolist()):
@@ -98,7 +98,7 @@ def states(llama, sequences):
 
 @torch.no_grad()
 def greedy(policy, prompt, max_new_tokens):
-    """No search: always the likeliest token."""
+    """No search: always the likeliest token. Returns the tokens of the reply."""
     reply, before = [], prompt.policy_tokens(policy.template)
     while len(reply) < max_new_tokens and not set(reply) & set(policy.config.eos_token_ids):
         reply.append(policy.logits(states(policy, [before + reply]))[0].argmax().item())

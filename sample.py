@@ -37,11 +37,11 @@ def parse_arguments():
     add("--prompt", help="what the user asks; - reads standard input, FILE:path one prompt a line (default: "
         "an example with a prefill)")
     add("--prefill", default="", help="an opening that an attacker puts into the model's mouth")
-    add("--hide_prefill", action="store_true", help="keep it from MRM and guard, also when that judges")
+    add("--hide_prefill", action="store_true", help="keep it from MRM and guard, also in the final verdict")
     add = parser.group("search")
     add("--safety", choices=list(SEARCHES), default="saffron", help="the search")
-    add("--compare", action="store_true", help="all searches, one after another")
-    add("--width", type=int, default=4, help="N: replies sampled, or sequences in the frontier")
+    add("--compare", action="store_true", help="all searches, one after another, in place of --safety")
+    add("--width", type=int, default=4, help="N: sequences, replies, tokens or simulations of the search")
     add("--temperature", type=float, help="0 is greedy (default: 0 for none, 1 for the others)")
     add_search_options(add)
     add_model_options(parser.group("models"))
@@ -104,7 +104,7 @@ def load_models(args, methods):
 
 
 def ask(method, policy, reward_model, guard, prompts, args):
-    """Search a reply to each prompt, side by side: (the object that --json prints, the Result) of each."""
+    """Search for a reply to each prompt, side by side: (the object for --json, the Result) of each."""
     options = {name: vars(args)[name] for name in
                ("width", "max_new_tokens", "min_new_tokens", "top_p", "beta", "seed", "temperature")
                if vars(args)[name] is not None}

@@ -7,16 +7,16 @@ Searching for a safe reply: each method is one function, all with the same argum
 Given a list of prompts, it returns a list of results. SEARCHES, at the end, names all.
 
 How to read one. It is written as a generator of its steps for one prompt; the decorator `search_with` makes
-of it the function called above. What is to be read is asked for by name, as Branches, and two answers come
-back:
+of it the function called above. An Ask names the Branches to be read, and two answers come back:
 
     hidden, rewards = yield Ask(policy=growing, reward=children, keep=earlier)
 
 1. engine.py puts the new tokens into the tries of policy and reward model and reads them in one forward pass.
-2. hidden: the policy's final hidden states after `growing`, (n, d). rewards: the guard's R of `children`,
-   (n,), or an MRM's hidden states, (n, d), of which `child_rewards` makes M(s)_a.
-3. A model that is asked forgets all that is not on the way to its list, or to `keep`: name there what will
-   be gone on from later. A model that is not asked forgets nothing.
+2. hidden: the policy's final hidden states after the n branches of `growing`, (n, d). rewards: the guard's R
+   of the m branches of `children`, (m,), or an MRM's hidden states after them, (m, d), which `child_rewards`
+   turns into M(s)_a.
+3. A model that is asked forgets all but the branches asked for now, what they began as, and the same of
+   `keep`: name there what will be gone on from later. A model that is not asked forgets nothing.
 4. Append each frontier, a list of branches, to `trace`. Return the branch that won. The least search is:
 
     @search_with(None)
@@ -45,13 +45,14 @@ from mrm import MRM, check_finite
 
 REBASE_TEMPERATURE = 1.0        # R is the log-odds of "safe": at 1, shares are in proportion to the odds
 DEAL_LOOK_AHEAD, DEAL_LAMBDA = 4, 1.0
-MCTS_EXPLORATION = 1.0          # P(safe), which it stands beside, is in [0, 1]
-NO_REPEAT = 4                   # saffron with beta: so many tokens in a row do not come twice
+MCTS_EXPLORATION = 1.0          # P(safe), to which it is added, is in [0, 1]
+NO_REPEAT = 4                   # saffron with beta: no run of so many tokens may come twice
 
 
 @search_with("mrm", "guard")
 def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, beta):
-    """The paper's Saffron-1, as saffron.py has it, with more said about the reply. Deterministic.
+    """The paper's Saffron-1, as in saffron.py. What is added: beta, and a guard in place of the MRM.
+    Deterministic; temperature only shapes the nucleus.
 
     A step takes the tokens a of the policy's nucleus that are not in V_unseen as candidates of each
     unfinished sequence s, and keeps the `width` sequences s·a with the highest M(s)_a; equal ones by frontier
@@ -91,10 +92,10 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
 
 
 def best(finished, children, width, beta):
-    """The next frontier: of `finished` and the `width` children with the highest reward + beta · log_prob
-    (equal ones as they stand; with beta > 0 of those that do not repeat themselves, or of all, if all do) the
-    first `width`: finished ones before unfinished, both by that score. A fallback stands behind all others,
-    and takes no place that one of them could have."""
+    """The next frontier. The score is reward + beta · log_prob. Take the `width` children of the highest
+    score (equal ones as they stand); with beta > 0 only those that do not repeat themselves, unless all do.
+    Put them with `finished`, finished ones first, both parts by score. Keep the first `width`. In both parts
+    a fallback stands behind all others, and a child that is one takes no place that another could have."""
     score = lambda branch: branch.reward + beta * branch.log_prob
     ranked = sorted(children, key=lambda branch: (branch.fallback, -score(branch)))     # stable
     fresh = (branch for branch in ranked if not beta or not repeats_its_end(branch.tokens))
@@ -129,7 +130,7 @@ def best_of_n(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, to
 def beam(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature):
     """Beam search over tokens: of all tokens in the nuclei of all sequences, the `width` whose sequences have
     the highest R stay, finished or not. Every candidate costs a guard call, which is the
-    exploration-efficiency dilemma of the paper. (saffron with a guard, at beta 0, puts finished ones first.)
+    exploration-efficiency dilemma of the paper. (saffron with a guard puts finished ones first.)
     Deterministic."""
     frontier = [Branch()]
     for length in range(max_new_tokens):
@@ -152,7 +153,7 @@ def rebase(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p
     """Reward-balanced search (Wu et al. 2024, arXiv 2408.00724), with a token for a step: `width` expansions,
     less those finished, are shared among the unfinished sequences in proportion to softmax(R /
     REBASE_TEMPERATURE), each draws so many different tokens of its nucleus (or all, if it holds fewer), and
-    the guard scores what comes of it. A sequence whose share is none is dropped, unread. The finished
+    the guard scores the new sequences. A sequence whose share is zero is dropped, unread. The finished
     sequence with the highest R is the reply, else the unfinished one. (In Wu et al. a step is a line of
     reasoning, and rewards are probabilities.)"""
     generator = torch.Generator().manual_seed(seed)
@@ -357,7 +358,7 @@ def draw_tokens(p, top_p, count, generator):
 
 
 def sample_replies(policy, n, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed):
-    """n independent replies, each token drawn from the nucleus. They are the last frontier of the trace."""
+    """Asks for n independent replies, each token drawn from the nucleus: the last frontier of `trace`."""
     generator = torch.Generator().manual_seed(seed)
     branches = [Branch() for _ in range(n)]
     for length in range(max_new_tokens):

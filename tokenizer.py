@@ -44,7 +44,7 @@ class Prompt:
     """What a search is asked: the user's tokens, and the prefill, which the reply is forced to begin with.
 
     The policy always reads the prefill. The guard and the MRM read it as the beginning of the reply, unless
-    hide_prefill is set. It is never part of a result's tokens.
+    hide_prefill is set. The prefill is never part of a result's tokens.
     """
     user: list
     prefill: list = dataclasses.field(default_factory=list)
@@ -85,7 +85,7 @@ class Tokenizer:
             if (min(map(len, [*ids, *self.added])) < 1
                     or len({*ids.values(), *self.added.values()}) < len(ids) + len(added)):
                 raise BadInput("a token is empty, or two tokens have one text or one id")
-            # Added tokens are never made of a user's text. Those that are not special, as <think>, are shown.
+            # Added tokens are never made of a user's text. Those that are not special (<think>) are shown.
             self.bytes |= {token["id"]: token["content"].encode() for token in added
                            if not token.get("special")}
             # tiktoken merges in the order of ranks. An id need not be a rank: self.ids maps back. First come
@@ -133,7 +133,7 @@ class Tokenizer:
             return Template(*(tokens(parts[part]) for part in ("prefix", "infix", "suffix")))
 
     def prompt(self, user, prefill="", hide_prefill=False):
-        """A Prompt, tokenized piece by piece. Raises BadInput for an empty text."""
+        """A Prompt, tokenized piece by piece. Raises BadInput if the user says nothing."""
         prompt = Prompt(self.encode(user), self.encode(prefill), hide_prefill)
         if not user.strip() or not prompt.user:
             raise BadInput("the prompt is empty; expected some text")
@@ -221,8 +221,8 @@ def read_templates(folder):
 
 
 def read_prompts(prompt):
-    """The prompts that an argument stands for: itself, with - all of standard input, with FILE:path one a
-    line. Raises BadInput for a file that has none or is no text."""
+    """The prompts that an argument stands for: for - all of standard input, for FILE:path each line, else
+    itself. Raises BadInput for a file that has none or is no text."""
     if prompt == "-":
         with reading("standard input", "UTF-8 text"):
             return [sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")]

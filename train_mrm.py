@@ -1,13 +1,14 @@
 """
 Train a reward model: the guard on labelled replies, or the MRM on the rewards that a guard gave every prefix.
 
-    python train_mrm.py --objective guard --data data/safety_labels  --out data/smollm2/guard.safetensors
-    python train_mrm.py --objective mrm   --data data/safety_rewards --out data/smollm2/mrm.safetensors
+    python train_mrm.py --objective guard --data data/safety_labels  --out out/guard.safetensors
+    python train_mrm.py --objective mrm   --data data/safety_rewards --out out/mrm.safetensors
 
     torchrun --nproc_per_node 4 train_mrm.py --device cuda ...    each batch shared by four processes
 
-Only LoRA and the small head are trained (mrm.py). Each validation also writes a checkpoint beside --out, from
-which --resume goes on, on a CPU bit for bit. The log goes to stdout.
+docs/train.md has the options of the committed adapters. Only LoRA and the small head are trained (mrm.py).
+Each validation but the last also writes a checkpoint beside --out, from which --resume goes on, on a CPU bit
+for bit. The log goes to stdout.
 """
 
 import contextlib
@@ -93,8 +94,9 @@ def collate(examples, device):
 # objectives and validation
 
 def guard_loss(guard, tokens, rows, columns, targets, *_):
-    """Binary cross-entropy at every reply token; R is the log-odds of "safe". Labels are smoothed to 0.02 and
-    0.98, so that R stays within about ±4: labels are not more certain than that."""
+    """Binary cross-entropy at every reply token; R is the log-odds of "safe". targets: 0 safe to 1 unsafe,
+    0.2 a needless refusal. They are smoothed to 0.02 and 0.98, so that R stays within about ±4: labels are
+    not more certain than that."""
     rewards = guard.reward(guard.llama(tokens)[rows, columns])
     safe = 1 - targets.to(rewards.dtype)
     return F.binary_cross_entropy_with_logits(rewards, SMOOTHING + (1 - 2 * SMOOTHING) * safe)
@@ -147,8 +149,8 @@ def auc(scores, labels):
 
 
 def validate_guard(guard, examples, device):
-    """AUC of "safe" for each source, at the end of the reply and after its first 12 tokens. Not safe is what has
-    the highest label of the source: where nothing is unsafe, a needless refusal."""
+    """AUC of "safe" for each source, at the end of the reply and after its first 12 tokens. Not safe is what
+    has the highest label of the source: where nothing is unsafe, a needless refusal."""
     rewards, report = predictions(guard, examples, device), {}
     for source in sorted({e.source for e in examples}):
         worst = max(e.targets[-1] for e in examples if e.source == source)
@@ -283,16 +285,17 @@ class Objective(nn.Module):
 
     def forward(self, *batch):
         # In bfloat16 on a CPU, the fused attention's backward pass is slower than plain products.
-        plain = sdpa_kernel(SDPBackend.MATH) if self.low and self.device == "cpu" else contextlib.nullcontext()
+        slow = self.low and self.device == "cpu"
+        plain = sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.low), plain:
             return self.loss_of(self.reward_model, *batch)
 
 
 def backward(objective, examples, args):
     """The gradient of the mean loss over all reply tokens of a batch (and of --siblings times that over all
-    siblings), into which every process puts its part; returns that loss. A process takes --accumulate pieces
-    of the batch, one after another; what it computes is weighed by its share of the tokens and siblings, so
-    that neither number changes the result (but for rounding)."""
+    siblings), summed over the processes; returns that loss. A process takes --accumulate pieces of the batch,
+    one after another; what it computes is weighed by its share of the tokens and siblings. So neither
+    the number of processes nor that of pieces changes the result (but for rounding)."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pieces, total = processes * args.accumulate, torch.zeros((), dtype=torch.float64, device=args.device)
     for i in range(args.accumulate):
@@ -403,7 +406,7 @@ def log_report(title, report):
 
 
 def join_processes(args, backend):
-    """Under torchrun, meet the other processes, each on a processor of its own where they compute on CUDA.
+    """Under torchrun, meet the other processes, each on a GPU of its own where they compute on CUDA.
     Returns (which one this is, how many there are)."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:                 # which torchrun sets
         return 0, 1
@@ -430,19 +433,20 @@ def main():
     add("--rank", type=number(1), default=8, help="of LoRA")
     add("--alpha", type=number(0, 1e6, float), default=16, help="of LoRA: its part is scaled by alpha / rank")
     add("--targets", default="q_proj,v_proj", help="the projections that get LoRA")
-    add("--first_layer", type=number(0), help="the first layer that gets LoRA (default: a third of them)")
+    add("--first_layer", type=number(0), help="the first layer that gets LoRA (default: a third of all)")
     add = parser.group("optimization")
     add("--steps", type=number(1), default=1000, help="steps of the optimizer")
     add("--batch_size", type=number(1), default=8, help="replies a step")
     add("--lr", type=number(0, 10, float), default=1e-3, help="peak learning rate")
     add("--weight_decay", type=number(0, 10, float), default=0.0, help="of AdamW")
     add("--clip", type=number(1e-9, 1e9, float), default=1.0, help="largest norm of the gradient")
-    add("--seed", type=number(0, 2 ** 63 - 1), default=0, help="of LoRA's start and the order of the data")
+    add("--seed", type=number(0, 2 ** 63 - 1), default=0, help="of LoRA's start, the order of the data, and "
+        "the replies that a validation reads")
     add = parser.group("data")
     add("--max_prompt", type=number(1), default=64, help="guard: tokens kept of a prompt, the last ones")
     add("--max_reply", type=number(1), default=64, help="guard: tokens kept of a reply, the first ones")
     add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
-    add("--guard", metavar="PATH", help="MRM: refuse rewards that another guard has given than this one")
+    add("--guard", metavar="PATH", help="MRM: refuse a corpus that another guard than this has labelled")
     add("--min_count", type=number(1), default=1, help="MRM: a token counts as seen from so many occurrences "
         "on")
     add("--siblings", type=number(0, 1e6, float), default=10, help="MRM: weight of the error among the "
@@ -450,10 +454,10 @@ def main():
     add = parser.group("machine")
     add("--device", default="cpu", help="cpu or cuda")
     add("--accumulate", type=number(1), default=1, help="pieces of a process' part of a batch: less memory")
-    add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="bfloat16: products in"
-        " it, weights in float32; faster where the hardware multiplies in it")
-    add("--compile", action="store_true", help="compile the layers first, which takes a minute or two and a C++ "
-        "compiler; then a step takes about two thirds of the time")
+    add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="bfloat16: matrix"
+        " products in it, weights in float32; faster on hardware that has it")
+    add("--compile", action="store_true", help="compile the layers first, which takes a minute or two and a "
+        "C++ compiler; then a step takes about two thirds of the time")
     add = parser.group("course of the run")
     add("--eval_every", type=number(1), default=200, help="steps from one validation to the next")
     add("--eval_replies", type=number(1), default=400, help="replies of each validation but the last")

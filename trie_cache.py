@@ -8,7 +8,7 @@ the layout is our own, with tree attention in the manner of SpecInfer (Miao et a
 
     a node   = the last token of a prefix; the path from the root to it spells the prefix
     a slot   = a node's row in the arena, i.e. in the preallocated tensors of keys and values of all layers
-    position = depth in the trie
+    position = how many tokens stand before it on the path
     a mask lets each token look at the slots on its own path only, so slots may lie in any order
 
 So there is no padding and no copy of a cache. A branch that is not needed any more gives its slots back.
@@ -57,7 +57,7 @@ class TrieCache:
         self.model = model
         self.root = TrieNode(None, None, None)  # the empty prefix: no token, no slot
         self.waiting = []                       # nodes that no forward pass has read yet
-        self.leaves = set()                     # nodes without children, but the root
+        self.leaves = set()                     # nodes without children, except the root
         self.free, self.used = [], 0            # slots given back (a heap), and how many were ever handed out
         self.computed = self.cached = self.attended = 0
         config, like = model.config, dict(dtype=model.dtype, device=model.device)
@@ -124,7 +124,7 @@ class TrieCache:
         return slot
 
     def retain(self, sequences):
-        """Forget every node that is on none of these sequences' paths, and give its slot back."""
+        """As `keep`, for token lists: forget every node that is on none of their paths."""
         nodes = set()
         for sequence in sequences:
             node = self.root
@@ -136,8 +136,9 @@ class TrieCache:
         self.keep(nodes)
 
     def keep(self, nodes):
-        """Forget every node that is neither in this set nor above one of it, and give its slot back: from
-        each other leaf upwards, as far as nothing else hangs on the path. No node may be waiting."""
+        """Forget every node that is neither in this set nor an ancestor of one in it, and give its slot back.
+        From each other leaf it goes up, to the first node that is in the set or has another child. No node
+        may be waiting."""
         assert not self.waiting, "compute first: a forgotten node must not be computed into a slot of another"
         for node in self.leaves - nodes:
             self.leaves.remove(node)
@@ -169,6 +170,8 @@ class Pass:
             self.masks.append(mask.masked_fill_(blocked, -math.inf))            # (n, used)
 
     def attend(self, layer, q, k, v):
+        """Each trie's attention over its own tokens. q (1, heads, n, head_dim), k and v (1, kv_heads, n,
+        head_dim), n the tokens of all tries; returns the shape of q."""
         parts = zip(self.tries, *(x.split(self.sizes, dim=2) for x in (q, k, v)), self.slots, self.masks)
         return torch.cat([trie.attend(layer, *part) for trie, *part in parts], dim=2)
 

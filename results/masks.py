@@ -3,7 +3,7 @@ The same MRM under another V_unseen, to measure what the conservative constraint
 
     python results/masks.py --data data/safety_rewards --min_count 30 --out out/mrm_30.safetensors
 
-A token is unseen if it stands fewer than --min_count times in the training replies (0: no token is unseen). With
+A token is unseen if it occurs fewer than --min_count times in the training replies (0: no token is unseen). With
 --siblings, labelled siblings are counted too. Everything but the mask is as in --mrm. With the data, --min_count and
 --weights of its training, the mask is the same.
 """

@@ -3,8 +3,9 @@ One table of several runs of eval.py, such as those of three seeds.
 
     python results/merge.py out/visible out/visible_seed1 out/visible_seed2 --out results/visible.json
 
-A method and width that stands in several folders has the mean over all of their replies. (The intervals take these for
-independent. Replies to one prompt are not quite, so true intervals are somewhat wider.) Prints the table, writes the
+A search and width that stands in several folders has the mean over all of their replies. Merge only searches that draw
+at random so (best_of_n and rebase): of the others, every seed has the same replies. The intervals take all replies for
+independent. Those to one prompt are not quite, so true intervals are somewhat wider. Prints the table, writes the
 summary, and draws with --plot.
 """
 
@@ -34,6 +35,8 @@ def main():
     results, seeds, first = [], [], read_json(args.folders[0] / "arguments.json")
     for folder in args.folders:
         arguments = read_json(folder / "arguments.json")
+        if arguments.get("seed") in seeds:
+            raise BadInput(f"{folder} has a seed of an earlier folder, {arguments.get('seed')}; its replies would count twice")
         seeds.append(arguments.get("seed"))
         differ = [key for key, value in arguments.items() if first.get(key) != value]
         if set(differ) - {"seed"}:

@@ -14,6 +14,7 @@ from conftest import ROOT, SMOLLM2, in_two_processes, run_script
 from files import locked
 from safetensors.torch import load_file
 
+import adapters
 from adapters import guard_id, read_metadata
 from data.corpus import read_rewards
 from eval import REFUSAL
@@ -345,6 +346,24 @@ def test_siblings_and_hidden_prefills(smollm2, guard, tmp_path):
     assert [(e.reply, e.source) for e in training] == [(row["reply"], corpus.SOURCES[row["source"]]) for row in rows]
     for example, mine in zip(training, labels):
         assert example.siblings == [(p, t, pytest.approx(r)) for p, t, r in mine]
+
+
+def test_a_guard_with_no_more_than_score_labels_a_corpus(small_corpus, smollm2, tmp_path, monkeypatch):
+    """What docs/fork.md says of a guard of your own: each beginning of a reply is asked about, and so are siblings."""
+    class Mine:
+        def score(self, prompt, replies):
+            return [len(reply) + sum(reply) / 1e6 for reply in replies]
+    monkeypatch.setattr(adapters, "load_guard", lambda path, llama: Mine())
+    (tmp_path / "my_guard.py").write_text("its hash stands in the metadata")
+    status, _, error = small_corpus(tmp_path / "out", "--guard", tmp_path / "my_guard.py", "--shards", 1, "--siblings", 3,
+                                    "--policy_batches", 0, "--refused_batches", 0, "--ordinary_batches", 0)
+    assert status == 0, error
+    examples = [e for part in read_rewards(tmp_path / "out", smollm2) for e in part]
+    assert len(examples) == 10 and any(e.siblings for e in examples)
+    for e in examples:
+        beginnings = [e.reply[:end] for end in range(1, len(e.reply) + 1)]
+        assert e.targets == pytest.approx(Mine().score(None, beginnings))
+        assert [r for *_, r in e.siblings] == pytest.approx(Mine().score(None, [e.reply[:p] + [t] for p, t, _ in e.siblings]))
 
 
 def test_only_missing_shards_are_made(small_corpus, tmp_path):

@@ -125,6 +125,25 @@ def test_a_run_goes_on_where_it_was(tmp_path, judge):
     assert status == 2 and error.count("\n") == 1 and "seed" in error
 
 
+def test_runs_of_several_seeds_become_one_table(tmp_path, judge):
+    """results/merge.py takes the mean over all replies, and takes no seed twice."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure, here it is"}) + "\n" for i in "ab"))
+    for seed in (0, 1, 2):
+        status, _, error = run_script("eval.py", "--data", data, "--safety", "best_of_n", "--width", 2, "--max_new_tokens", 3, "--seed",
+                                      seed, "--min_new_tokens", 2, "--judge", judge, "--out", tmp_path / str(seed))
+        assert status == 0, error
+    folders = [tmp_path / str(seed) for seed in (0, 1, 2)]
+    status, out, error = run_script("results/merge.py", *folders, "--out", tmp_path / "merged.json")
+    merged = json.loads((tmp_path / "merged.json").read_text())
+    (row,), replies = merged["rows"], [r for folder in folders for r in read_results(folder)]
+    assert (status, error, row["prompts"], merged["arguments"]["seed"]) == (0, "", 6, ["0", "1", "2"]) and "| best_of_n | 2 | 6 " in out
+    assert row["guard_reward"] == pytest.approx(sum(r["guard_reward"] for r in replies) / 6)
+    (tmp_path / "merged.json").unlink()
+    status, _, error = run_script("results/merge.py", *folders, folders[0], "--out", tmp_path / "merged.json")
+    assert status == 2 and error.count("\n") == 1 and "seed" in error and not (tmp_path / "merged.json").exists()
+
+
 def test_a_killed_run_loses_nothing(tmp_path, judge):
     """Killed by the system three times on its way, and started again, it has each reply once."""
     data, out = tmp_path / "data.jsonl", tmp_path / "out"

@@ -103,7 +103,7 @@ def main():
     parser = Parser(description="Fetch a checkpoint from the Hugging Face hub.")
     parser.add_argument("--repo", required=True, help="such as Qwen/Qwen3-0.6B")
     parser.add_argument("--revision", default="main", help="a branch, tag or commit")
-    parser.add_argument("--from", dest="local", type=Path, metavar="FOLDER", help="a copy of the repository")
+    parser.add_argument("--from", dest="local", type=Path, metavar="FOLDER", help="a local copy of the checkpoint")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write (default: data/NAME)")
     args = parser.parse_args()
     if args.repo.count("/") != 1 or not all(args.repo.split("/")):

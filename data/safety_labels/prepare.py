@@ -54,8 +54,8 @@ def read_source(name, local):
         return path.read_bytes()
 
 
-# The label of a refusal of a harmless request: safe, but less welcome than an answer. R is then ln(0.8 / 0.2) = 1.4, where
-# an answer has about 3.9 (train_mrm.SMOOTHING).
+# The label of a refusal of a harmless request: safe, but less welcome than an answer. With train_mrm.SMOOTHING it asks
+# for R = ln(0.788 / 0.212) = 1.3, where the label of an answer asks for 3.9.
 NEEDLESS = 0.2
 
 

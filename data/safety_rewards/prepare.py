@@ -32,7 +32,7 @@ from adapters import guard_id, load_guard, load_llama, read_metadata    # noqa: 
 from data.corpus import Example                             # noqa: E402
 from data.download import fetch, sha256                     # noqa: E402
 from model import DTYPES, read_tensors                      # noqa: E402
-from mrm import bridged, check_finite, score                # noqa: E402
+from mrm import Guard, bridged, check_finite, score         # noqa: E402
 from search import draw_tokens, next_logits, nucleus        # noqa: E402
 from tokenizer import Prompt                                # noqa: E402
 from train_mrm import predictions                           # noqa: E402
@@ -257,8 +257,8 @@ def count_or_all(text):
 def main():
     parser = Parser(description="Make the MRM's training corpus.")
     add = parser.group("models")
-    add("--guard", default="data/smollm2/guard.safetensors", help="what gives the rewards: an adapter on --policy, or a Llama "
-        "Guard's folder")
+    add("--guard", default="data/smollm2/guard.safetensors", help="what gives the rewards: an adapter on --policy, our guard "
+        "(which reads another policy's text), or a Llama Guard's folder")
     add("--policy", default="data/smollm2", help="the policy that writes replies")
     add("--device", default="cpu", help="cpu, cuda, ...")
     add("--dtype", choices=DTYPES, default="float32", help="number type of weights and caches")
@@ -289,6 +289,9 @@ def main():
     if not args.out.is_dir():
         raise BadInput(f"--out {args.out}: no such folder")
     check_output(args.out / "manifest.json")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     policy = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     if policy.template is None or not policy.config.eos_token_ids:
         raise BadInput(f"--policy {args.policy}: expected a model with a chat format and an end of sequence")
@@ -300,14 +303,14 @@ def main():
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
     ordinary = ordinary_requests(policy, labels, args.synthetic, args.seed) if args.ordinary_batches else []
     dialogues = hh_replies(policy, hh_dialogues(args.local, args.hh_replies), args.max_prompt, args.max_reply)
-    template = guard.template if asked is guard else policy.tokenizer.template("reward")
+    reads_tokens = isinstance(asked, Guard)                 # else a Bridge, or any guard with `score`
+    template = guard.template if reads_tokens else policy.tokenizer.template("reward")
     metadata = {"vocabulary": policy.tokenizer.fingerprint, "source_names": SOURCES,
                 "template": [template.prefix, template.infix], "shards": args.shards,
                 "run": {"policy": policy.fingerprint, "guard": guard_id(args.guard, guard),
                         "labels": sha256(args.labels)[:12] if own else None} | {
                     key: value for key, value in vars(args).items()
                     if key not in ("guard", "policy", "labels", "local", "out", "device")}}
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
     paths = [args.out / f"corpus-{k:02d}-of-{args.shards:02d}.safetensors" for k in range(args.shards)]
     for k in range(rank, args.shards, world):
         path = paths[k]
@@ -322,10 +325,10 @@ def main():
         rows = dialogues[k::args.shards] + own_replies(policy, list(requests), list(ordinary), turns, batches, args)
         if not rows:
             raise BadInput(f"--shards {args.shards} is more than there are replies for; shard {k} would be empty")
-        if asked is guard:
+        if reads_tokens:
             examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"])) for r in rows]
             rewards = rewards_after_each_token(guard, examples, args.device)
-        else:                                               # a guard of another vocabulary reads each beginning's text
+        else:                                               # it reads each beginning alone
             beginnings = lambda reply: [reply[:end] for end in range(1, len(reply) + 1)]
             rewards = [score(asked, Prompt(r["prompt"]), beginnings(r["reply"])).float().cpu().numpy() for r in rows]
         generator, siblings = torch.Generator().manual_seed(args.seed + k), [[] for _ in rows]
