@@ -8,7 +8,9 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 from functools import cache
+from pathlib import Path
 from unittest import mock
 
 import assign
@@ -16,6 +18,7 @@ import pytest
 from conftest import ROOT
 
 from search import SEARCHES
+from tokenizer import Prompt
 
 README = "README.md"
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
@@ -121,7 +124,7 @@ def test_names_in_backticks_are_there(name):
 def test_files_that_the_pages_name_are_there():
     """Python files and pages, in backticks or not: with a folder from the root or beside the page, without one anywhere."""
     files = {path.name for pattern in ("*", "*/*", "*/*/*") for path in ROOT.glob(pattern)}
-    files |= {"my_search.py", "HANDOUT.md", "table.md"}      # what is written
+    files |= {"my_search.py", "my_guard.py", "HANDOUT.md", "table.md"}       # what is written
     for name in PAGES:
         for path in re.findall(r"(?<![\w/*])[\w./]+\.(?:py|md)\b", text_of(name)):
             beside = (ROOT / path).exists() or ((ROOT / name).parent / path).exists()
@@ -186,8 +189,7 @@ def commands(text):
         if setting := re.fullmatch(r'(\w+)="(.*)"', line.strip()):
             names[setting[1]] = re.sub(r"\$(\w+)", lambda m: names[m[1]], setting[2])
             continue
-        if line.strip().startswith("$"):
-            line = re.sub(r"\$(\w+)", lambda m: names[m[1]], line)
+        line = re.sub(r"\$(\w+)", lambda m: names.get(m[1], m[0]), line)
         if not re.search(r"\bpython |^torchrun |^\w+(/\w+)*\.py ", line) or line.startswith(("def ", "from ", "import ")):
             continue
         words, command = shlex.shlex(line, posix=True, punctuation_chars="&|;"), []
@@ -291,17 +293,21 @@ def test_the_example_of_a_search_works_as_written(smollm2_folder, tmp_path):
     assert '"name":"careful"' in (tmp_path / "tree.html").read_text(encoding="utf-8")
 
 
-def test_the_examples_in_python_work(smollm2_folder, monkeypatch, capsys):
+def test_the_examples_in_python_work(smollm2_folder, monkeypatch, capsys, tmp_path):
     """The search from Python, and then the guard of one's own, as docs/fork.md has them; with shorter replies."""
     from search import rebase
     monkeypatch.chdir(ROOT)
     shorter = lambda text: re.sub(r"width=4", "width=2, max_new_tokens=3", text)
-    names = {"my_classifier": lambda text: -1.0 if "lock" in text else 1.0, "rebase": rebase}
+    names = {"rebase": rebase, "Path": Path}
     first, = code(section("docs/fork.md", "Your own prompt"))[:1]
     exec(shorter(first), names)
     assert "Stats(" in capsys.readouterr().out and names["result"].tokens
-    for block in code(section("docs/fork.md", "Your own guard")):
-        exec(shorter(block), names)
+    file, call, lines = code(section("docs/fork.md", "Your own guard"))
+    (tmp_path / "my_guard.py").write_text(file, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(file + shorter(call) + "def load_guard(path, llama):\n" + textwrap.indent(lines, "    "), names)
+    guard = names["load_guard"]("my_guard.py", names["policy"])
+    assert list(guard.score(Prompt([]), [guard.tokenizer.encode(text) for text in ("a lock", "a key")])) == [-1.0, 1.0]
 
 
 def test_the_words_of_a_reply_are_those_that_are_printed():
