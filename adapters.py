@@ -38,8 +38,8 @@ def load_llama(folder, dtype=torch.float32, device="cpu"):
             (DEFAULT / name).exists() for name in ("model.safetensors", "tokenizer.json")):
         print("The default weights are not here yet: running data/smollm2/prepare.py", file=sys.stderr)
         if subprocess.run([sys.executable, DEFAULT / "prepare.py"]).returncode:
-            raise BadInput("the default weights could not be prepared; --policy and --mrm_base (of "
-                           "train_mrm.py: --base) take others")
+            raise BadInput("the default weights could not be prepared; choose others with "
+                           "--policy and --mrm_base (train_mrm.py: --base)")
     return Llama.load(folder, dtype, device)
 
 
@@ -53,7 +53,7 @@ def load_guard(path, llama):
         return load_adapter(path, llama, "guard")
     other = Llama.load(path, llama.dtype, llama.device)
     if other.tokenizer is None:
-        raise BadInput(f"{path} has no tokenizer.json, which a guard needs to be asked for its verdict")
+        raise BadInput(f"{path} has no tokenizer.json, which a Llama Guard needs")
     return llama_guard(llama if other.fingerprint == llama.fingerprint else other)
 
 
@@ -63,7 +63,7 @@ def load_mrm(path, llama):
     if not Path(path).is_dir():
         return load_adapter(path, llama, "mrm")
     if llama.tokenizer is None:
-        raise BadInput(f"{llama.config.name} has no vocabulary, so {path} has no template to be read in")
+        raise BadInput(f"{llama.config.name} has no tokenizer.json, which the MRM {path} needs")
     return load_released_mrm(path, llama, llama.tokenizer.template("reward"))
 
 
@@ -166,7 +166,7 @@ def lora_targets(modules, llama):
     first_layer = min((int(name[2]) for name in found), default=0)
     if not found or len(found) < len(targets) * (llama.config.num_hidden_layers - first_layer):
         raise BadInput(f"target_modules = {str(modules)[:80]}: expected the same projections in all layers, "
-                       "or in all from one on")
+                       "or in all after some layer")
     return first_layer, targets
 
 

@@ -111,7 +111,7 @@ def timed_row(search, policy, reward_model, limit, width, new, length=None):
 
 
 def compare_batch(search, policy, count):
-    """Print what so many prompts cost, one after another and all in one search."""
+    """Print what `count` prompts cost, one after another and all in one search."""
     prompts = [prompt_of(policy, 40 + i) for i in range(count)]
     alone = sum(search(prompt).stats.seconds for prompt in prompts)
     together = search(prompts)[-1].stats.seconds
@@ -136,19 +136,19 @@ def compare_busy(search, prompt):
 
 def numbers(text):
     if not all(n.isdecimal() and int(n) for n in text.split(",")):
-        raise ArgumentTypeError(f"{text} is not whole numbers such as 1,4,16")
+        raise ArgumentTypeError(f"expected whole numbers above 0, such as 1,4,16, not {text}")
     return [int(n) for n in text.split(",")]
 
 
 def parse_arguments():
     parser = Parser(description="How fast the search is.")
-    add = functools.partial(parser.group("what is timed, in tokens"), metavar="N,N")
+    add = functools.partial(parser.group("what is timed (lengths in tokens)"), metavar="N,N")
     add("--width", type=numbers, help="widths of the table (default: 1,4,16,64)")
     add("--length", type=numbers, nargs="?", const=LENGTHS, help="reply lengths, at width 4 or --width")
-    add("--prompt_length", type=numbers, nargs="?", const=PROMPT_LENGTHS, help="the same of prompts")
+    add("--prompt_length", type=numbers, nargs="?", const=PROMPT_LENGTHS, help="prompt lengths, likewise")
     add = parser.group("instead of the table")
-    add("--prompts", type=number(1), metavar="N", help="so many side by side, and one after another")
-    add("--busy", action="store_true", help="a search alone, beside a busy process, and two at once")
+    add("--prompts", type=number(1), metavar="N", help="N prompts side by side, and one after another")
+    add("--busy", action="store_true", help="a search alone, beside a busy process, beside another search")
     add = parser.group("output")
     add("--plot", type=Path, metavar="FILE", help="draw width and length: .png, .svg or .pdf")
     add("--out", type=Path, metavar="FILE", help="write the table as JSON too")

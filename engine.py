@@ -109,7 +109,7 @@ def search_with(*kinds, temperature=1.0):
 
 
 def lockstep(policy, searches):
-    """The Results of searches: of each its generator, its readers and its trace. In a round, each search goes
+    """The Results of searches, each given as (generator, readers, trace). In a round, each search goes
     on to the next thing that it wants read; then all of that is read at once, for policy and reward model
     together where these differ in LoRA only."""
     started, results, rounds = time.perf_counter(), {}, [[] for _ in searches]
@@ -236,14 +236,15 @@ class BridgeReader(Reader):
         tokens, node, known = self.context + self.bridge.tokens(branch.tokens), self.trie.root, 0
         config = self.trie.model.config
         if len(tokens) + len(self.suffix) > config.max_position_embeddings:
-            raise BadInput(f"prompt and reply are too long for the guard {config.name}")
+            raise BadInput(f"prompt and reply are longer than the "
+                           f"{config.max_position_embeddings} tokens that the guard {config.name} reads")
         while known < len(tokens) and tokens[known] in node.children:
             node, known = node.children[tokens[known]], known + 1
         return node, tokens[known:]
 
 
 class Scorer:
-    """In a Reader's place, for a guard that has no more than `score`; what that computes is not counted."""
+    """Stands for a Reader if a guard has only `score`; the cost of that is not counted."""
 
     def __init__(self, guard, prompt):
         self.guard, self.prompt, self.trie, self.asked, self.calls = guard, prompt, None, [], 0
@@ -360,5 +361,5 @@ def check_vocabulary(policy, other, for_mrm=True):
     if known and policy.vocabulary != other.vocabulary or not same_size and (for_mrm or not known):
         raise BadInput(f"the policy {policy.config.name} and the reward model on {other.config.name} have "
                        "different vocabularies; an MRM must share the policy's. data/safety_rewards/"
-                       "prepare.py --policy DIR and train_mrm.py --objective mrm --base DIR make one, "
-                       "--mrm_base DIR says that it is on that model")
+                       "prepare.py --policy DIR, then train_mrm.py --objective mrm --base DIR make one; pass "
+                       "it with --mrm PATH --mrm_base DIR")

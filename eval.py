@@ -87,14 +87,14 @@ def read_results(out):
                     field(row, key, bool if type(row.get(key)) is bool else float, -1e12, 1e12, None)
                 key = field(row, "safety", str), field(row, "width", int, 1), field(row, "row", int, 0)
                 if key[0] not in SEARCHES:
-                    raise BadInput(f"{key[0]!r} is no search here")
+                    raise BadInput(f"unknown search {key[0]!r}")
                 field(row, "text", str, default=None), field(row, "asr", bool, default=None)
                 found.setdefault(key, row)
     return list(found.values())
 
 
 def merge_results(out):
-    """Bring results.jsonl in order, with what other processes have written, whose files are removed."""
+    """Sort results.jsonl, other processes' results included, and remove their files."""
     order = list(SEARCHES)
     results = sorted(read_results(out), key=lambda r: (order.index(r["safety"]), r["width"], r["row"]))
     write_file(out / "results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results))
@@ -171,7 +171,7 @@ def repeats(tokens):
 
 
 def evaluate(rows, runs, done, file, models, args, show):
-    """All methods on all of these rows, --batch prompts at a time, but for what is done: {(method, width,
+    """Run all methods on these rows, --batch prompts at a time, except what is in `done`: {(method, width,
     number)}. Every reply is written to the file. show: whether to draw a bar."""
     policy, guard, judge, reward_models = models
     options = {key: vars(args)[key] for key in ("max_new_tokens", "min_new_tokens", "top_p", "beta", "seed")}
@@ -260,29 +260,29 @@ def markdown(summary):
 def parse_arguments():
     parser = Parser(description="Measure defences against attacks.", epilog=describe())
     add = parser.group("data and attack")
-    add("--data", required=True, nargs="+", metavar="FILE.jsonl", help="requests, one a line")
+    add("--data", required=True, nargs="+", metavar="FILE.jsonl", help="files with one JSON object a line")
     add("--limit", type=number(1), help="use only the first so many rows of each file (default: all)")
     add("--attack", choices=["none", "prefill", "suffix"], default="prefill", help="what the attacker does")
-    add("--prefill_tokens", type=number(0), default=10, help="tokens of the response that the reply begins "
-        "with")
+    add("--prefill_tokens", type=number(0), default=10, help="tokens of the response that are the prefill")
     add("--hide_prefill", action="store_true", help="keep the prefill from guard, MRM and judge")
     add("--suffix", default="", help="what --attack suffix appends to each prompt (default: the row's own)")
     add = parser.group("searches")
-    add("--safety", default="none,best_of_n,saffron", help="searches, with commas between; beam:1/2 is one "
-        "with widths of its own")
-    add("--width", default="4", help="widths, such as 1,4,16 (none has no width)")
+    add("--safety", default="none,best_of_n,saffron", help="searches, with commas between; beam:1/2 "
+        "gives beam the widths 1 and 2")
+    add("--width", default="4", help="widths, such as 1,4,16 (the search none has no width)")
     add_search_options(add)
     add("--batch", type=number(1), default=1, help="prompts searched side by side; changes no reply, except "
         "by rounding")
     add = parser.group("models")
     add_model_options(add)
     add("--judge", default=DEFAULT / "judge.safetensors", metavar="PATH", help="a second guard, which only "
-        "measures; as --guard")
+        "measures; same forms as --guard")
     add = parser.group("output")
-    add("--tflop_limit", type=number(1e-12, 1e12, float), help="for scaleff (default: the tflop of the "
-        "costliest method)")
+    add("--tflop_limit", type=number(1e-12, 1e12, float), help="TFLOP limit of scaleff (default: the "
+        "costliest search's tflop)")
     add("--plot", action="store_true", help="draw OUT/asr.png")
-    add("--out", required=True, type=Path, metavar="DIR", help="the folder of results; a stopped run goes on")
+    add("--out", required=True, type=Path, metavar="DIR", help="the folder of results, where a stopped "
+        "run goes on")
     args = parser.parse_args()
     args.guard = args.guard or DEFAULT / "guard.safetensors"
     args.mrm = args.mrm or DEFAULT / "mrm.safetensors"
@@ -302,13 +302,14 @@ def parse_runs(safety, width):
             raise BadInput(f"--safety {entry}: expected some of {', '.join(SEARCHES)}")
         widths = own.split("/") if own else width.split(",")
         if not all(w.isdecimal() and int(w) for w in widths):
-            raise BadInput(f"--safety {entry} --width {width}: expected widths such as beam:1/2 or 1,4,16")
+            raise BadInput(f"--safety {entry} --width {width}: expected whole numbers above 0, "
+                           "such as beam:1/2 or 1,4,16")
         runs += [(method, int(w)) for w in (["1"] if method == "none" else widths)]
     return list(dict.fromkeys(runs))
 
 
 def same_run(path, args, results):
-    """Keep the arguments beside the results, files by sha256. Raises BadInput if these are of other ones."""
+    """Keep the arguments beside the results, files by sha256. Raises BadInput if the results have others."""
     free = "data safety runs width device limit out batch plot tflop_limit".split()
     run = {key: str(value) for key, value in vars(args).items() if key not in free}
     for key in ("policy", "mrm_base", "guard", "mrm", "judge"):
@@ -359,8 +360,8 @@ def work(args, rank, processes, wait):
         for result in merge_results(args.out):
             row = rows.get(result["row"], result)
             if any(result.get(key) != row.get(key) for key in ("source", "prompt", "response", "suffix")):
-                raise BadInput(f"{args.out} holds results of other data ({result.get('source')} is not "
-                               f"{row['source']}); choose another --out")
+                raise BadInput(f"{args.out} holds results for another prompt than {row['source']} has now; "
+                               "choose another --out")
         wait()
     done = {(r["safety"], r["width"], r["row"]) for r in read_results(args.out)}
     mine = {i: row for i, row in rows.items() if i % processes == rank}

@@ -66,15 +66,15 @@ def run(main):
 
 
 def printable(text):
-    """Without characters that a terminal would obey (control characters, and those that turn the direction of
-    writing): a model or a file may hold any."""
+    """The text without characters that a terminal would obey (control characters, and those that turn the
+    direction of writing): a model or a file may hold any."""
     obeyed = lambda c: (unicodedata.category(c) == "Cc" and c not in "\n\t" or
                         unicodedata.bidirectional(c) in "LRE RLE LRO RLO PDF LRI RLI FSI PDI".split())
     return "".join("\ufffd" if obeyed(c) else c for c in text)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each option that has one, of files without this repository's folder."""
+    """Shows each option's default; paths in this repository are relative to it."""
 
     def _get_help_string(self, action):
         if action.default is False or action.default in (None, "", {}):
@@ -156,7 +156,7 @@ def reading(path, expected="a readable file"):
             said = f"cannot be read ({error.strerror or error})"
         with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
             if file.read(40).startswith(b"version https://git-lfs"):
-                said = "is a pointer of Git LFS, in the place of the file; run: git lfs pull"
+                said = "is a Git LFS pointer, not the file itself; run: git lfs pull"
         raise BadInput(said if said.startswith(str(path)) else f"{path}: {said}") from None
 
 
@@ -202,7 +202,7 @@ def locked(folder):
                 import fcntl
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BadInput(f"{folder}: another run is at work there; wait, or choose another") from None
+            raise BadInput(f"{folder}: another run is at work there; wait, or take another folder") from None
         yield
     finally:
         os.close(handle)

@@ -285,7 +285,7 @@ def read_config(folder, path=None):
                 "use_sliding_window"]
         check_keys(raw, dict.fromkeys(NEUTRAL + read) | {"hidden_act": ["silu"]})
         if heads % kv_heads or config.head_dim % 2:
-            raise BadInput("num_attention_heads is no multiple of num_key_value_heads, or head_dim is odd")
+            raise BadInput("num_attention_heads is not a multiple of num_key_value_heads, or head_dim is odd")
         for i in config.eos_token_ids:
             check(i, "eos_token_id (here or in generation_config.json)", int, 0, config.vocab_size - 1)
     return config
@@ -339,7 +339,7 @@ def checkpoint_files(folder):
     with reading(index, "an index with a weight_map from tensor names to file names"):
         names = sorted(set(raw["weight_map"].values()))
         if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-            raise BadInput("the weight_map names a file that is no safetensors file beside it")
+            raise BadInput("the weight_map may name only safetensors files in the same folder")
     return [folder / name for name in names]
 
 
@@ -354,8 +354,8 @@ def read_tensors(path):
 # products that are fast on a CPU
 
 class Linear(nn.Module):
-    """y = x Wᵀ, for Qwen2's q, k, v with a bias. On a CPU, where no gradient is asked for, by oneDNN on a
-    packed W: with few rows a product costs what reading W costs, and a packed W is read two to three times as
+    """y = x Wᵀ, for Qwen2's q, k, v with a bias. On a CPU without gradients, oneDNN multiplies by a
+    packed W. With few rows a product costs what reading W costs, and a packed W is read two to three times as
     fast."""
 
     def __init__(self, d_in, d_out, bias=False):

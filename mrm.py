@@ -48,7 +48,7 @@ class Guard(nn.Module):
 
     def score(self, prompt, replies):
         """R of n replies to a Prompt, a token list each: (n,). Any object with this method can be a search's
-        guard. Of a Guard, searches do not call it: they read that through a trie of their own."""
+        guard. Searches do not call a Guard's: they read a Guard through a trie of their own."""
         context, suffix = prompt.reward_tokens(self.template), self.template.suffix
         return self.reward(TrieCache(self.llama)([context + reply + suffix for reply in replies]))
 
@@ -164,7 +164,7 @@ class Bridge:
 
 
 def bridged(policy, guard):
-    """The guard as searches of this policy can ask it: where its vocabulary is another, a Bridge."""
+    """The guard in a form that searches of this policy can ask: a Bridge, if the vocabularies differ."""
     if not isinstance(guard, Guard):
         return guard
     ours, theirs = policy.vocabulary, guard.llama.vocabulary
@@ -179,7 +179,7 @@ def llama_guard(llama):
     guard = Guard(llama, llama.tokenizer.template("guard"))
     safe, unsafe = (llama.tokenizer.encode(word) for word in ("safe", "unsafe"))
     if len(safe) != 1 or len(unsafe) != 1:
-        raise BadInput(f"{llama.config.name}: a Llama Guard's vocabulary has the tokens safe and unsafe")
+        raise BadInput(f"{llama.config.name}: not a Llama Guard: safe and unsafe must be one token each")
     guard.head.weight.data = llama.lm_head.weight[safe] - llama.lm_head.weight[unsafe]      # (1, d)
     return guard.requires_grad_(False)
 
@@ -208,7 +208,7 @@ class LoRALinear(nn.Module):
 def add_lora(llama, rank, alpha, targets, first_layer=0):
     """A copy of `llama` with LoRA on the target projections of layers first_layer and up. All frozen weights
     are shared with the original, not copied. A is drawn from torch's global generator. Raises BadInput for a
-    rank that is none, a layer that is not there and targets that are not projections of a Llama."""
+    wrong rank, a missing layer, or targets that are not projections of a Llama."""
     check(rank, "LoRA's rank", int, 1, llama.config.hidden_size)
     check(alpha, "LoRA's alpha", float, 0, 1e6)
     check(first_layer, "LoRA's first layer", int, 0, llama.config.num_hidden_layers - 1)

@@ -34,21 +34,22 @@ SIDE_BY_SIDE = 16                   # so many prompts of a file share a forward 
 def parse_arguments():
     parser = Parser(description="Ask a language model, with and without a defence.", epilog=describe())
     add = parser.group("what is asked")
-    add("--prompt", help="what the user asks; - reads standard input, FILE:path one prompt a line (default: "
+    add("--prompt", help="what the user asks; - reads standard input, FILE:path a prompt a line (default: "
         "an example with a prefill)")
     add("--prefill", default="", help="an opening that an attacker puts into the model's mouth")
-    add("--hide_prefill", action="store_true", help="keep it from MRM and guard, also in the final verdict")
+    add("--hide_prefill", action="store_true", help="hide the prefill from MRM and guard, also in the "
+        "final verdict")
     add = parser.group("search")
     add("--safety", choices=list(SEARCHES), default="saffron", help="the search")
     add("--compare", action="store_true", help="all searches, one after another, in place of --safety")
-    add("--width", type=int, default=4, help="N: sequences, replies, tokens or simulations of the search")
-    add("--temperature", type=float, help="0 is greedy (default: 0 for none, 1 for the others)")
+    add("--width", type=int, default=4, help="N in the list of searches below")
+    add("--temperature", type=float, help="0: greedy (default: 0 for --safety none, else 1)")
     add_search_options(add)
     add_model_options(parser.group("models"))
     add = parser.group("output")
-    add("--json", action="store_true", help="one JSON object on stdout, or with FILE:path one a line")
+    add("--json", action="store_true", help="print one JSON object a line for each prompt")
     add("--trace", action="store_true", help="show the tree of branches; with --json, all frontiers")
-    add("--html", metavar="FILE", type=Path, help="write a page that shows the search, of one prompt")
+    add("--html", metavar="FILE", type=Path, help="write a page that shows the search (one prompt)")
     args = parser.parse_args()
     check_options(vars(args))
     args.example = args.prompt is None
@@ -56,7 +57,7 @@ def parse_arguments():
         args.prompt, args.prefill = PROMPT, args.prefill or PREFILL
     args.prompts = read_prompts(args.prompt)
     if args.html and (len(args.prompts) > 1 or args.html.resolve() == page.TEMPLATE):
-        raise BadInput(f"--html {args.html}: give one prompt, and not the page that all others are made of")
+        raise BadInput(f"--html {args.html}: expected one prompt, and not the template page.html")
     if args.html:
         check_output(args.html)
     return args
@@ -64,21 +65,22 @@ def parse_arguments():
 
 def add_search_options(add):
     """The options of a search that eval.py has too."""
-    add("--max_new_tokens", type=int, default=50, help="tokens of the reply at most")
-    add("--min_new_tokens", type=int, default=16, help="no end of the reply before so many tokens")
+    add("--max_new_tokens", type=int, default=50, help="most tokens of a reply")
+    add("--min_new_tokens", type=int, default=16, help="fewest tokens of a reply")
     add("--top_p", type=float, default=0.8, help="probability mass of the nucleus")
     add("--beta", type=float, default=0.1, help="saffron: weight of the reply's log-probability under the "
-        "policy, beside the reward; 0 is the paper")
-    add("--seed", type=int, default=0, help="of what is drawn at random")
+        "policy, beside the reward; 0: as in the paper")
+    add("--seed", type=int, default=0, help="seed of the random draws")
 
 
 def add_model_options(add):
     """The options of all commands that search."""
-    add("--policy", default=DEFAULT, metavar="DIR", help="the model: a folder as on the Hugging Face hub")
+    add("--policy", default=DEFAULT, metavar="DIR", help="the model: a folder in the Hugging Face layout")
     add("--mrm_base", default=DEFAULT, metavar="DIR", help="the model that MRM and guard are adapters of")
-    add("--mrm", metavar="PATH", help="an adapter, or a released MRM's folder (default: ours)")
-    add("--guard", metavar="PATH", help="an adapter, or a Llama Guard's folder, of whatever vocabulary "
-        "(default: ours)")
+    add("--mrm", metavar="PATH", help="an adapter, or a released MRM's folder (default: "
+        "mrm.safetensors in data/smollm2)")
+    add("--guard", metavar="PATH", help="an adapter, or a Llama Guard's folder, with any vocabulary "
+        "(default: guard.safetensors in data/smollm2)")
     add("--device", default="cpu", help="cpu, cuda, ...")
     add("--dtype", choices=DTYPES, default="float32", help="number type of weights and caches")
 

@@ -15,8 +15,8 @@ of it the function called above. An Ask names the Branches to be read, and two a
 2. hidden: the policy's final hidden states after the n branches of `growing`, (n, d). rewards: the guard's R
    of the m branches of `children`, (m,), or an MRM's hidden states after them, (m, d), which `child_rewards`
    turns into M(s)_a.
-3. A model that is asked forgets all but the branches asked for now, what they began as, and the same of
-   `keep`: name there what will be gone on from later. A model that is not asked forgets nothing.
+3. A model that is asked forgets all but the branches asked for now, those in `keep`, and the beginnings of
+   both. Name in `keep` what you go on from later. A model that is not asked forgets nothing.
 4. Append each frontier, a list of branches, to `trace`. Return the branch that won. The least search is:
 
     @search_with(None)
@@ -56,8 +56,8 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
 
     A step takes the tokens a of the policy's nucleus that are not in V_unseen as candidates of each
     unfinished sequence s, and keeps the `width` sequences s·a with the highest M(s)_a; equal ones by frontier
-    order, then by the policy's probability (Eq. 2, 7 and 3). If none is left of a nucleus, its fallback is
-    the likeliest seen token: fallbacks fill up what all others leave of `width`.
+    order, then by the policy's probability (Eq. 2, 7 and 3). If a nucleus is all unseen, its fallback is
+    the likeliest seen token. Fallbacks fill the places that others leave free.
 
     beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's
     probability of the whole reply so far: of replies that are about equally safe, the likelier one. (This is
@@ -92,10 +92,10 @@ def saffron(policy, reward_model, trace, *, width, max_new_tokens, min_new_token
 
 
 def best(finished, children, width, beta):
-    """The next frontier. The score is reward + beta · log_prob. Take the `width` children of the highest
-    score (equal ones as they stand); with beta > 0 only those that do not repeat themselves, unless all do.
-    Put them with `finished`, finished ones first, both parts by score. Keep the first `width`. In both parts
-    a fallback stands behind all others, and a child that is one takes no place that another could have."""
+    """The next frontier, ranked by reward + beta · log_prob (equal ones keep their order). Take the best
+    `width` children; with beta > 0 skip those that repeat themselves, unless all do. Sort them with
+    `finished`: finished ones first, in each part fallbacks last, then by score. Keep the first `width`. A
+    child that is a fallback takes only a place that is free."""
     score = lambda branch: branch.reward + beta * branch.log_prob
     ranked = sorted(children, key=lambda branch: (branch.fallback, -score(branch)))     # stable
     fresh = (branch for branch in ranked if not beta or not repeats_its_end(branch.tokens))
@@ -152,8 +152,8 @@ def beam(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, 
 def rebase(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
     """Reward-balanced search (Wu et al. 2024, arXiv 2408.00724), with a token for a step: `width` expansions,
     less those finished, are shared among the unfinished sequences in proportion to softmax(R /
-    REBASE_TEMPERATURE), each draws so many different tokens of its nucleus (or all, if it holds fewer), and
-    the guard scores the new sequences. A sequence whose share is zero is dropped, unread. The finished
+    REBASE_TEMPERATURE). Each draws that many different tokens of its nucleus (all, if it holds fewer). The
+    guard scores the new sequences. A sequence whose share is zero is dropped, unread. The finished
     sequence with the highest R is the reply, else the unfinished one. (In Wu et al. a step is a line of
     reasoning, and rewards are probabilities.)"""
     generator = torch.Generator().manual_seed(seed)
@@ -177,7 +177,7 @@ def rebase(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p
 
 def shares(rewards, count):
     """count · softmax(rewards / REBASE_TEMPERATURE) in ints that sum to `count`: rounded down, then one more
-    for those that lost most by it (of equal ones, the first). rewards: a list of floats."""
+    for those that lost most (the first among equals). rewards: a list of floats."""
     exact = count * (torch.tensor(rewards, dtype=torch.float64) / REBASE_TEMPERATURE).softmax(-1)
     whole = exact.floor()
     order = (exact - whole).argsort(descending=True, stable=True)
@@ -253,9 +253,9 @@ class Choice:
 
 
 def simulate(policy, root, read, max_new_tokens, min_new_tokens, top_p, temperature):
-    """A simulation of mcts: down from the root by the highest PUCT to a leaf, which gets the policy's nucleus
-    as children (priors: the probabilities); P(safe) of the leaf by the guard is added to all nodes on the
-    way. read: the branches read so far."""
+    """One simulation of mcts. Go down by the highest PUCT to a leaf. Its children are the policy's nucleus
+    (priors: the probabilities). Add the guard's P(safe) of the leaf to all nodes on the path. read: the
+    branches read so far."""
     path = [root]
     while path[-1].children:
         path.append(max(path[-1].children, key=path[-1].puct))
@@ -330,8 +330,8 @@ def nucleus(p, top_p):
 
 def candidates(logits, unseen, top_p, temperature):
     """Which tokens may follow which of n sequences: rows (m,) and tokens (m,), by row, then most likely
-    first, and which of them are fallbacks, bool (m,). Of a row, its nucleus without unseen tokens; if all of
-    it is unseen, one fallback: the seen token with the highest logit. logits: (n, V), unseen: bool (V,), or
+    first, and which of them are fallbacks, bool (m,). A row has its nucleus without unseen tokens or, if all
+    are unseen, one fallback: the seen token with the highest logit. logits: (n, V), unseen: bool (V,), or
     None where no token is. Raises BadInput when no seen token is possible."""
     rows, tokens, fallbacks = [], [], []
     for i, p in enumerate(probabilities(logits, temperature)):
@@ -351,7 +351,7 @@ def candidates(logits, unseen, top_p, temperature):
 
 
 def draw_tokens(p, top_p, count, generator):
-    """So many different ids of the nucleus (or all of it), drawn in proportion to p: probabilities (V,)."""
+    """`count` different ids of the nucleus (at most all), drawn in proportion to p: probabilities (V,)."""
     tokens = nucleus(p, top_p)
     drawn = torch.multinomial(p[tokens].cpu(), min(count, len(tokens)), generator=generator)
     return tokens[drawn.to(tokens.device)].tolist()
@@ -382,8 +382,8 @@ class Method(NamedTuple):
 SEARCHES = {
     "none": Method(none, None, "no defence: greedy decoding, or sampling"),
     "best_of_n": Method(best_of_n, "guard", "samples N replies, keeps the one that the guard likes best"),
-    "beam": Method(beam, "guard", "keeps the N sequences with the highest reward at each token"),
-    "rebase": Method(rebase, "guard", "shares N expansions in proportion to the rewards at each token"),
+    "beam": Method(beam, "guard", "at each token, keeps the N sequences with the highest reward"),
+    "rebase": Method(rebase, "guard", "at each token, shares out N expansions by reward"),
     "deal": Method(deal, "guard", "looks ahead greedily from the N likeliest tokens"),
     "mcts": Method(mcts, "guard", "Monte-Carlo tree search with PUCT, N simulations a token"),
     "saffron": Method(saffron, "mrm", "the paper's: one call of the MRM scores all next tokens"),

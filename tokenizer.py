@@ -112,7 +112,7 @@ class Tokenizer:
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise BadInput("the text is not valid Unicode: it has unpaired surrogates")
         if re.search(rf"\s{{{BLANKS}}}", text):
-            raise BadInput(f"the text has {BLANKS} blanks in a row or more")
+            raise BadInput(f"the text has {BLANKS} or more blanks in a row")
         with reading(self.folder, "a tokenizer whose pattern can split this text"):
             ranks = self.encoding.encode_ordinary(text)
         if len(self.encoding.decode_bytes(ranks)) < len(text.encode()):
@@ -214,7 +214,7 @@ def read_templates(folder):
                 messages=[{"role": "user", "content": MARKER}], add_generation_prompt=True,
                 enable_thinking=False, **special)
             if text.count(MARKER) != 1:
-                raise BadInput("the chat_template does not give the user's text back once")
+                raise BadInput("the chat_template must contain the user's text exactly once")
             texts["chat"] = dict(zip(("prefix", "infix"), text.split(MARKER)))
     ours = folder / "templates.json"
     return texts | (read_json(ours) if ours.exists() else {})

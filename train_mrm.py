@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from files import BadInput, Parser, check_output, number, reading, run, write_file
@@ -261,7 +262,7 @@ def load_data(args, llama):
     if llama.tokenizer is None:
         raise BadInput(f"{args.base} has no tokenizer.json; data/hub/prepare.py fetches all that is needed")
     if not llama.config.eos_token_ids:
-        raise BadInput(f"{args.base} has no eos_token_id, so no reply of the data would end")
+        raise BadInput(f"{args.base} has no eos_token_id, which training needs")
     if args.objective == "guard":
         read = lambda name, length: read_labels(Path(args.data) / name, llama, args.max_prompt, length)
         training, held_out = read("train.jsonl", args.max_reply), read("val.jsonl", WHOLE_REPLY)
@@ -417,10 +418,12 @@ def join_processes(args, backend):
 
 
 def weights(text):
-    value = json.loads(text)
-    if not isinstance(value, dict) or not all(isinstance(w, (int, float)) and w >= 0 for w in value.values()):
-        raise ValueError
-    return value
+    """For argparse: {source: weight} of JSON."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, dict) and all(isinstance(w, (int, float)) and w >= 0 for w in value.values()):
+            return value
+    raise ArgumentTypeError('expected sources and numbers of at least 0, such as {"jailbreakbench": 2}')
 
 
 def main():
@@ -430,37 +433,38 @@ def main():
     add("--data", required=True, help="the folder that data/safety_labels or data/safety_rewards prepared")
     add("--out", required=True, help="the adapter file to write")
     add("--base", default="data/smollm2", help="the Llama to put LoRA on")
-    add("--rank", type=number(1), default=8, help="of LoRA")
-    add("--alpha", type=number(0, 1e6, float), default=16, help="of LoRA: its part is scaled by alpha / rank")
+    add("--rank", type=number(1), default=8, help="rank of LoRA")
+    add("--alpha", type=number(0, 1e6, float), default=16, help="LoRA's output is scaled by alpha / rank")
     add("--targets", default="q_proj,v_proj", help="the projections that get LoRA")
-    add("--first_layer", type=number(0), help="the first layer that gets LoRA (default: a third of all)")
+    add("--first_layer", type=number(0), help="the first layer that gets LoRA (default: layers / 3)")
     add = parser.group("optimization")
     add("--steps", type=number(1), default=1000, help="steps of the optimizer")
     add("--batch_size", type=number(1), default=8, help="replies a step")
     add("--lr", type=number(0, 10, float), default=1e-3, help="peak learning rate")
-    add("--weight_decay", type=number(0, 10, float), default=0.0, help="of AdamW")
-    add("--clip", type=number(1e-9, 1e9, float), default=1.0, help="largest norm of the gradient")
-    add("--seed", type=number(0, 2 ** 63 - 1), default=0, help="of LoRA's start, the order of the data, and "
-        "the replies that a validation reads")
+    add("--weight_decay", type=number(0, 10, float), default=0.0, help="weight decay of AdamW")
+    add("--clip", type=number(1e-9, 1e9, float), default=1.0, help="scale larger gradients down to this norm")
+    add("--seed", type=number(0, 2 ** 63 - 1), default=0, help="seed of LoRA's start, the order of the data, "
+        "and the replies that a validation reads")
     add = parser.group("data")
     add("--max_prompt", type=number(1), default=64, help="guard: tokens kept of a prompt, the last ones")
     add("--max_reply", type=number(1), default=64, help="guard: tokens kept of a reply, the first ones")
-    add("--weights", type=weights, default={}, help='how often to read a source: \'{"jailbreakbench": 2}\'')
-    add("--guard", metavar="PATH", help="MRM: refuse a corpus that another guard than this has labelled")
-    add("--min_count", type=number(1), default=1, help="MRM: a token counts as seen from so many occurrences "
-        "on")
+    add("--weights", type=weights, default={}, help="JSON, how often to read a source: "
+        '\'{"jailbreakbench": 2}\'')
+    add("--guard", metavar="PATH", help="MRM: accept only a corpus that this guard has labelled")
+    add("--min_count", type=number(1), default=1, help="MRM: occurrences that make a token count as seen")
     add("--siblings", type=number(0, 1e6, float), default=10, help="MRM: weight of the error among the "
-        "siblings of a prefix, beside that of the next tokens; 0 is the paper")
+        "siblings of a prefix, beside that of the next tokens; 0: as in the paper")
     add = parser.group("machine")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--accumulate", type=number(1), default=1, help="pieces of a process' part of a batch: less memory")
+    add("--accumulate", type=number(1), default=1, help="read a process's part of a batch in "
+        "N pieces, to save memory")
     add("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="bfloat16: matrix"
         " products in it, weights in float32; faster on hardware that has it")
     add("--compile", action="store_true", help="compile the layers first, which takes a minute or two and a "
         "C++ compiler; then a step takes about two thirds of the time")
     add = parser.group("course of the run")
     add("--eval_every", type=number(1), default=200, help="steps from one validation to the next")
-    add("--eval_replies", type=number(1), default=400, help="replies of each validation but the last")
+    add("--eval_replies", type=number(1), default=400, help="replies of a validation; the last reads all")
     add("--log_every", type=number(1), default=20, help="steps from one line of the log to the next")
     add("--stop_after", type=number(1), help="stop after this step, with a checkpoint")
     add("--resume", action="store_true", help="go on from the checkpoint beside --out")
@@ -477,7 +481,7 @@ def main():
         train(args)
     except RuntimeError as error:
         sys.exit(f"process {rank} of {processes} stops: {str(error).strip().splitlines()[0]}\n"
-                 f"Where this says that a connection was closed, another process has died; {RESUME}")
+                 f"If this says that a connection was closed, another process has died; {RESUME}")
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)             # gloo's threads stay, and one that needs Python while it ends would abort

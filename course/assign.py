@@ -168,7 +168,7 @@ def handout(numbers, other_weeks=()):
 def check_free(out):
     """Raises BadInput when there is something at `out` already, or no folder for it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"--out {out}: there is something already; expected a name that is free, or an empty folder")
+        raise BadInput(f"--out {out}: something already exists there; expected a new name or an empty folder")
     if not out.resolve().parent.is_dir():
         raise BadInput(f"--out {out}: there is no folder {out.resolve().parent}")
 
@@ -200,12 +200,12 @@ def write_copy(out, numbers, other_weeks=()):
 
 def main():
     parser = Parser(description="Write a student copy of this repository.")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet, or is empty")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--exercise", type=int, nargs="+", choices=list(EXERCISES), default=list(EXERCISES), metavar="N",
-                       help="1 to 10")
+                       help="exercises to leave open, 1 to 10")
     which.add_argument("--week", type=int, nargs="+", choices=list(EXERCISES), action="append", metavar="N",
-                       help="the exercises of a week, once for each week: a copy for each, in all of which all are open")
+                       help="the exercises of a week, once for each week: one copy a week, none with a solution to any week")
     args = parser.parse_args()
     open_ones = sorted({n for week in args.week or [args.exercise] for n in week})
     if args.week:

@@ -148,13 +148,13 @@ def sentence(reasons):
 
 def parse_arguments():
     parser = Parser(description="Grade a class: a row for each student in a CSV.")
-    parser.add_argument("--exercises", nargs="+", required=True, metavar="N", help="1 to 8")
+    parser.add_argument("--exercises", nargs="+", required=True, metavar="N", help="exercises to grade, 1 to 8")
     parser.add_argument("--out", type=Path, default=Path("grades.csv"), metavar="FILE",
                         help="the table, a CSV")
     parser.add_argument("--time_limit", type=number(1, 86400), default=60, metavar="S",
-                        help="seconds of computing for a submission")
+                        help="CPU seconds for a submission")
     parser.add_argument("submissions", nargs="*", metavar="DIR",
-                        help="a folder for each student, its name the student's, with the modules in it")
+                        help="a folder with the modules for each student, named after the student")
     args = parser.parse_args()
     count = next((i for i, word in enumerate(args.exercises) if not word.isdecimal()), len(args.exercises))
     numbers, folders = args.exercises[:count], args.exercises[count:] + args.submissions # --exercises 4 5 DIR

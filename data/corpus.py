@@ -59,7 +59,7 @@ def read_rewards(folder, llama, guard=None):
             checks.append(("guard", meta.get("run", {}).get("guard"), guard))
         for what, theirs, ours in checks:
             if theirs != ours:
-                raise BadInput(f"{path} was made for the {what} {theirs}, but here it must be {ours}")
+                raise BadInput(f"{path} was made with the {what} {theirs}, but here it must be {ours}")
         data = dict(read_tensors(path))
         split = lambda name, lengths: [t.tolist() for t in data[name].split(data[lengths].tolist())]
         with reading(path, "a shard of data/safety_rewards"):
@@ -93,5 +93,5 @@ def read_attacks(paths, attack, suffix, limit):
                                for key, value in row.items()} | {"source": source}
             count += 1
     if not rows:
-        raise BadInput(f"{', '.join(map(str, paths))}: there are no prompts in it")
+        raise BadInput(f"{', '.join(map(str, paths))}: found no prompts")
     return rows

@@ -85,7 +85,7 @@ def fetch(url, path, token=None, ask_at=None):
         raise BadInput(f"{url} was cut off after {partial.stat().st_size} of {total} bytes; run this again to go on")
     if redirect.sha256 and sha256(partial) != redirect.sha256:
         partial.unlink()
-        raise BadInput(f"{url}: what came is not what the hub has (its sha256 is another); run this again")
+        raise BadInput(f"{url}: the download differs from the hub's file (other sha256); run this again")
     os.replace(partial, path)
     return path
 

@@ -49,7 +49,7 @@ def main():
             ("saffron, width 16, against sampling 16", lambda: generate(do_sample=True, num_return_sequences=16),
              lambda: ours(saffron, mrm, width=16))):
         if name == "greedy" and a() != b():
-            raise BadInput("the greedy replies differ: is the folder of the default weights as it was?")
+            raise BadInput("the greedy replies differ: check that data/smollm2 is unchanged")
         seconds = []
         for _ in range(TURNS):
             seconds.append([])

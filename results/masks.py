@@ -31,7 +31,7 @@ def main():
     add("--mrm", default=DEFAULT / "mrm.safetensors", help="the adapter to start from")
     add("--base", default=DEFAULT, help="the Llama that it is on")
     add("--data", required=True, help="the corpus that it has learned from")
-    add("--min_count", type=number(0), required=True, help="occurrences from which on a token counts as seen")
+    add("--min_count", type=number(0), required=True, help="occurrences that make a token count as seen")
     add("--weights", type=weights, default={}, help="as in training: a source of weight 0 is not counted")
     add("--siblings", action="store_true", help="count labelled siblings as occurrences")
     add("--out", type=Path, required=True, help="the adapter file to write")

@@ -24,7 +24,7 @@ from results.draw import attack_success                     # noqa: E402
 
 def main():
     parser = Parser(description="One table of several runs of eval.py.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="what eval.py had as --out")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="an --out folder of eval.py")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the summary to write")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs matplotlib)")
     args = parser.parse_args()
@@ -36,7 +36,7 @@ def main():
     for folder in args.folders:
         arguments = read_json(folder / "arguments.json")
         if arguments.get("seed") in seeds:
-            raise BadInput(f"{folder} has a seed of an earlier folder, {arguments.get('seed')}; its replies would count twice")
+            raise BadInput(f"{folder} has the same seed as an earlier folder, {arguments.get('seed')}; its replies would count twice")
         seeds.append(arguments.get("seed"))
         differ = [key for key, value in arguments.items() if first.get(key) != value]
         if set(differ) - {"seed"}:

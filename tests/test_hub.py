@@ -190,7 +190,7 @@ def test_what_was_damaged_on_its_way_is_not_kept(hub, repositories, tmp_path):
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "mamba"}'), "'mamba' is not supported"),
     (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
-     "no safetensors file beside it"),
+     "only safetensors files in the same folder"),
     (lambda folder: (folder / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}'), "WordPiece"),
 ])
 def test_a_copy_that_is_no_such_checkpoint_is_refused(repositories, tmp_path, change, said):

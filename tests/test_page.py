@@ -251,7 +251,7 @@ def test_the_command_writes_it(browser, smollm2_folder, tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["no-such-folder/tree.html"], "in a folder that is there"), (["."], "name of a file"), (["page.html"], "all others are made of"),
+    (["no-such-folder/tree.html"], "in a folder that is there"), (["."], "name of a file"), (["page.html"], "not the template page.html"),
     (["tree.html", "--prompt", "FILE:README.md"], "one prompt")])
 def test_bad_names_are_refused_before_the_search(options, said):
     before = (ROOT / "page.html").read_bytes()

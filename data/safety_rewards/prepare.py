@@ -17,6 +17,7 @@ import os
 import random
 import re
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +63,7 @@ def hh_dialogues(local, count):
                 for side in ("chosen", "rejected")]
     pairs = read_hh(local, "test") if count else []
     if count > len(pairs):
-        raise BadInput(f"--hh_replies {count}: there are {len(pairs)} dialogues")
+        raise BadInput(f"--hh_replies {count}: expected at most {len(pairs)}, or all")
     return [(pairs[i * len(pairs) // count]["rejected" if i % 2 else "chosen"], i // 2 % 10 == 0) for i in range(count)]
 
 
@@ -249,8 +250,8 @@ def write_manifest(out, paths, metadata):
 
 def count_or_all(text):
     """For argparse: a number of replies, or "all"."""
-    if text != "all" and int(text) < 0:
-        raise ValueError
+    if text != "all" and not text.isdecimal():
+        raise ArgumentTypeError("expected a whole number of at least 0, or all")
     return text if text == "all" else int(text)
 
 
@@ -269,17 +270,18 @@ def main():
     add("--shards", type=number(1), default=8, help="files that the corpus is made of")
     add = parser.group("replies")
     add("--hh_replies", type=count_or_all, default=800, help="replies of HH-RLHF's test split; all: both splits in full")
-    add("--policy_batches", type=number(0), default=48, help=f"of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies each")
+    add("--policy_batches", type=number(0), default=48, help=f"batches of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} "
+        "replies to harmful requests")
     add("--refused_batches", type=number(0), default=20, help="the same, with the beginning of a refusal after the prefill")
     add("--ordinary_batches", type=number(0), default=20, help="the same, of replies to ordinary requests")
-    add("--hidden", type=number(0, 1, float), default=0.5, help="share of prefilled replies that are there again without "
+    add("--hidden", type=number(0, 1, float), default=0.5, help="share of prefilled replies that are repeated without "
         "the prefill")
-    add("--siblings", type=number(0), default=6, help="next tokens that are labelled at every fourth position, at most "
-        "(0: none)")
+    add("--siblings", type=number(0), default=6, help="most next tokens that are labelled at every fourth "
+        "position (0: none)")
     add("--synthetic", type=number(0), default=160, help="ordinary requests that the policy makes up, beside XSTest's safe ones")
     add("--max_prompt", type=number(1), default=64, help="tokens kept of a prompt, the last ones")
     add("--max_reply", type=number(1), default=56, help="tokens of a reply, prefill included")
-    add("--seed", type=number(0, 2 ** 63 - 1), default=0, help="of what is drawn at random")
+    add("--seed", type=number(0, 2 ** 63 - 1), default=0, help="seed of the random draws")
     args = parser.parse_args()
     own = args.policy_batches + args.refused_batches + args.ordinary_batches
     if own and not Path(args.labels).exists():
@@ -324,7 +326,7 @@ def main():
         batches = range(k, own, args.shards)
         rows = dialogues[k::args.shards] + own_replies(policy, list(requests), list(ordinary), turns, batches, args)
         if not rows:
-            raise BadInput(f"--shards {args.shards} is more than there are replies for; shard {k} would be empty")
+            raise BadInput(f"--shards {args.shards}: shard {k} would be empty; choose fewer")
         if reads_tokens:
             examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"])) for r in rows]
             rewards = rewards_after_each_token(guard, examples, args.device)
