@@ -292,8 +292,8 @@ def main():
         raise BadInput(f"--out {args.out}: no such folder")
     check_output(args.out / "manifest.json")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     policy = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     if policy.template is None or not policy.config.eos_token_ids:
         raise BadInput(f"--policy {args.policy}: expected a model with a chat format and an end of sequence")
