@@ -236,7 +236,7 @@ class BridgeReader(Reader):
         tokens, node, known = self.context + self.bridge.tokens(branch.tokens), self.trie.root, 0
         config = self.trie.model.config
         if len(tokens) + len(self.suffix) > config.max_position_embeddings:
-            raise BadInput(f"prompt and reply are longer than the "
+            raise BadInput("prompt and reply are longer than the "
                            f"{config.max_position_embeddings} tokens that the guard {config.name} reads")
         while known < len(tokens) and tokens[known] in node.children:
             node, known = node.children[tokens[known]], known + 1

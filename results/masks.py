@@ -3,9 +3,9 @@ The same MRM under another V_unseen, to measure what the conservative constraint
 
     python results/masks.py --data data/safety_rewards --min_count 30 --out out/mrm_30.safetensors
 
-A token is unseen if it occurs fewer than --min_count times in the training replies (0: no token is unseen). With
---siblings, labelled siblings are counted too. Everything but the mask is as in --mrm. With the data, --min_count and
---weights of its training, the mask is the same.
+A token is unseen if it occurs fewer than --min_count times in the training replies (0: no token is unseen).
+With --siblings, labelled siblings are counted too. Everything but the mask is as in --mrm. With the data,
+--min_count and --weights of its training, the mask is the same.
 """
 
 import json
@@ -39,7 +39,7 @@ def main():
     check_output(args.out)
     llama, tensors = load_llama(args.base), dict(read_tensors(args.mrm))
     training, _ = read_rewards(args.data, llama)
-    distinct = {id(e): e for e in weigh(training, args.weights)}.values()           # --weights may repeat a reply
+    distinct = {id(e): e for e in weigh(training, args.weights)}.values()       # --weights may repeat a reply
     texts = [e.reply + [token for _, token, _ in e.siblings if args.siblings] for e in distinct]
     tensors["unseen"] = unseen_tokens(texts, llama.config, args.min_count)
     write_file(args.out, save(tensors, {k: json.dumps(v) for k, v in read_metadata(args.mrm).items()}))

@@ -258,8 +258,8 @@ def count_or_all(text):
 def main():
     parser = Parser(description="Make the MRM's training corpus.")
     add = parser.group("models")
-    add("--guard", default="data/smollm2/guard.safetensors", help="what gives the rewards: an adapter on --policy, our guard "
-        "(which reads another policy's text), or a Llama Guard's folder")
+    add("--guard", default="data/smollm2/guard.safetensors", help="what gives the rewards: an "
+        "adapter on --policy, our guard (which reads another policy's text), or a Llama Guard's folder")
     add("--policy", default="data/smollm2", help="the policy that writes replies")
     add("--device", default="cpu", help="cpu, cuda, ...")
     add("--dtype", choices=DTYPES, default="float32", help="number type of weights and caches")
