@@ -10,32 +10,33 @@ h(s) is the final hidden state of the last token of s, by a frozen Llama with Lo
 read a conversation as: bos "\\n\\nUser:" prompt "\\n\\nAgent:" reply. (A Llama Guard has a template of its
 own.)
 
-The order is the paper's: the PRM (Section 2), M (4.1), its loss (4.2), V_unseen (4.3). Then guards of other
-kinds and vocabularies, Llama Guard, and LoRA.
+The order is the paper's: the PRM (Section 2), M (4.1), its loss (4.2), V_unseen (4.3). Then LoRA.
+plumbing/guards.py has guards of other kinds and vocabularies, Llama Guard among them.
 
 Shapes: n sequences or positions, m siblings, d = hidden_size, V = vocab_size, r = LoRA rank.
 """
 
-import codecs
 import copy
-import dataclasses
 import math
-
-from files import BadInput, check, reading
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from engine import Reader
+from plumbing.errors import check_finite
 from trie_cache import TrieCache
 
 
 class Guard(nn.Module):
     """R(s): a scalar head on every token, so that one forward pass scores every prefix of a reply."""
+    kind = "guard"
+    shared_pass = None          # reads for policy and guard at once, where plumbing/fast.py has set it
 
     def __init__(self, llama, template):
         super().__init__()
-        self.llama, self.template = llama, template
+        self.llama = llama
+        self.template = template
         self.head = nn.Linear(llama.config.hidden_size, 1, dtype=llama.dtype, device=llama.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -47,10 +48,15 @@ class Guard(nn.Module):
         return F.linear(hidden.to(wide), self.head.weight.to(wide), self.head.bias.to(wide)).squeeze(-1)
 
     def score(self, prompt, replies):
-        """R of n replies to a Prompt, a token list each: (n,). Any object with this method can be a search's
-        guard. Searches do not call a Guard's: they read a Guard through a trie of their own."""
-        context, suffix = prompt.reward_tokens(self.template), self.template.suffix
-        return self.reward(TrieCache(self.llama)([context + reply + suffix for reply in replies]))
+        """R of n replies to a Prompt, a token list each: (n,). Raises BadInput for what is not finite."""
+        context = prompt.reward_tokens(self.template)
+        sequences = [context + reply + self.template.suffix for reply in replies]
+        return check_finite(self.reward(TrieCache(self.llama)(sequences)), "the guard gives rewards")
+
+    def reader(self, prompt):
+        """What reads for a search: a Reader, which answers with rewards."""
+        context = prompt.reward_tokens(self.template)
+        return Reader(self.llama, context, self.template.suffix, "rewards", self.reward)
 
 
 class MRM(nn.Module):
@@ -60,11 +66,15 @@ class MRM(nn.Module):
     and one learned number scales them down (train_mrm.py starts it at 0.02). The authors' released weights
     have none, which is gain = 1.
     """
+    kind = "mrm"
+    shared_pass = None          # as Guard's
 
     def __init__(self, llama, template):
         super().__init__()
-        self.llama, self.template = llama, template
-        vocab_size, like = llama.config.vocab_size, dict(dtype=llama.dtype, device=llama.device)
+        self.llama = llama
+        self.template = template
+        vocab_size = llama.config.vocab_size
+        like = dict(dtype=llama.dtype, device=llama.device)
         self.gain = nn.Parameter(torch.ones((), **like))
         self.bias = nn.Parameter(torch.zeros(vocab_size, **like))
         self.register_buffer("unseen", torch.zeros(vocab_size, dtype=torch.bool, device=llama.device))
@@ -82,6 +92,10 @@ class MRM(nn.Module):
     def conservative_rewards(self, hidden):
         """M_cons(s), the paper's Eq. 7: M(s), and −∞ for the tokens in V_unseen: (..., d) -> (..., V)."""
         return self.next_rewards(hidden).masked_fill(self.unseen, -math.inf)
+
+    def reader(self, prompt):
+        """What reads for a search: a Reader, which answers with hidden states."""
+        return Reader(self.llama, prompt.reward_tokens(self.template), gives="mrm_hidden")
 
 
 def partial_supervision_loss(mrm, hidden, children, rewards):
@@ -120,71 +134,6 @@ def unseen_tokens(replies, config, min_count=1):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# other guards
-
-def score(guard, prompt, replies):
-    """R of n replies by any guard, whose own `score` may give a tensor, an array or a list: (n,). Raises
-    BadInput unless these are n finite numbers."""
-    rewards = guard.score(prompt, replies)
-    with reading("the guard's score", f"{len(replies)} numbers"):
-        rewards = torch.as_tensor(rewards)
-        if rewards.shape != (len(replies),):
-            raise ValueError(f"shape {tuple(rewards.shape)}")
-    return check_finite(rewards, "the guard gives rewards")
-
-
-def check_finite(values, giving):
-    """The values. giving: who gives what. Raises BadInput for nan, which looks safe as nan < 0 is false, and
-    for infinity."""
-    if not values.isfinite().all():
-        raise BadInput(f"{giving} that are not numbers, or not finite; look at its weights and their dtype")
-    return values
-
-
-class Bridge:
-    """A guard with another vocabulary than the policy's. It reads the text of the policy's tokens, in tokens
-    of its own. Half a character at the end is left out. The policy's end of sequence becomes the guard's."""
-
-    def __init__(self, policy, guard):
-        self.policy, self.guard = policy, guard
-
-    def tokens(self, tokens):
-        """The policy's tokens as the guard's."""
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(
-            b"".join(map(self.policy.tokenizer.token_bytes, tokens)))
-        llama, ended = self.guard.llama, tokens and tokens[-1] in self.policy.config.eos_token_ids
-        return llama.tokenizer.encode(text) + [*(llama.config.eos_token_ids[:1] if ended else [])]
-
-    def prompt(self, prompt):
-        return dataclasses.replace(prompt, user=self.tokens(prompt.user), prefill=self.tokens(prompt.prefill))
-
-    def score(self, prompt, replies):
-        """As Guard.score."""
-        return self.guard.score(self.prompt(prompt), [self.tokens(reply) for reply in replies])
-
-
-def bridged(policy, guard):
-    """The guard in a form that searches of this policy can ask: a Bridge, if the vocabularies differ."""
-    if not isinstance(guard, Guard):
-        return guard
-    ours, theirs = policy.vocabulary, guard.llama.vocabulary
-    return Bridge(policy, guard) if ours and theirs and ours != theirs else guard
-
-
-def llama_guard(llama):
-    """A Llama Guard as a Guard (Inan et al. 2023, arXiv 2312.06674), the paper's PRM: R(s) =
-    logit("safe") − logit("unsafe") of the first word that it says of s, for which the template's suffix asks.
-    As a head: the difference of two rows of the unembedding. Raises BadInput where a word is not one
-    token."""
-    guard = Guard(llama, llama.tokenizer.template("guard"))
-    safe, unsafe = (llama.tokenizer.encode(word) for word in ("safe", "unsafe"))
-    if len(safe) != 1 or len(unsafe) != 1:
-        raise BadInput(f"{llama.config.name}: not a Llama Guard: safe and unsafe must be one token each")
-    guard.head.weight.data = llama.lm_head.weight[safe] - llama.lm_head.weight[unsafe]      # (1, d)
-    return guard.requires_grad_(False)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # what is trained: LoRA (Hu et al. 2021, arXiv 2106.09685) and the small head
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -196,7 +145,8 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         d_out, d_in = linear.weight.shape
-        self.linear, self.scale = linear, alpha / rank
+        self.linear = linear
+        self.scale = alpha / rank
         like = dict(dtype=linear.weight.dtype, device=linear.weight.device)
         self.lora_A = nn.Parameter(torch.randn(rank, d_in, **like) / math.sqrt(d_in))       # (r, d_in)
         self.lora_B = nn.Parameter(torch.zeros(d_out, rank, **like))                        # (d_out, r)
@@ -207,13 +157,8 @@ class LoRALinear(nn.Module):
 
 def add_lora(llama, rank, alpha, targets, first_layer=0):
     """A copy of `llama` with LoRA on the target projections of layers first_layer and up. All frozen weights
-    are shared with the original, not copied. A is drawn from torch's global generator. Raises BadInput for a
-    wrong rank, a missing layer, or targets that are not projections of a Llama."""
-    check(rank, "LoRA's rank", int, 1, llama.config.hidden_size)
-    check(alpha, "LoRA's alpha", float, 0, 1e6)
-    check(first_layer, "LoRA's first layer", int, 0, llama.config.num_hidden_layers - 1)
-    if not targets or not set(targets) <= set(PROJECTIONS):
-        raise BadInput(f"LoRA's targets cannot be {targets}: expected some of {', '.join(PROJECTIONS)}")
+    are shared with the original, not copied. A is drawn from torch's global generator."""
+    assert set(targets) <= set(PROJECTIONS), f"LoRA's targets are some of {PROJECTIONS}, not {targets}"
     llama = shallow_copy(llama)
     for block in llama.model.layers[first_layer:]:
         for name in dict.fromkeys(targets):
@@ -238,4 +183,4 @@ def trained_tensors(reward_model):
     """What an adapter holds, by name: what is trained (LoRA, and head or gain and bias), and V_unseen."""
     tensors = {name: p for name, p in reward_model.named_parameters()
                if "lora_" in name or not name.startswith("llama.")}
-    return tensors | ({"unseen": reward_model.unseen} if isinstance(reward_model, MRM) else {})
+    return tensors | dict(reward_model.named_buffers(recurse=False))

@@ -17,8 +17,6 @@ So there is no padding and no copy of a cache. A branch that is not needed any m
 import heapq
 import math
 
-from files import BadInput
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +27,9 @@ class TrieNode:
     __slots__ = ("token", "slot", "depth", "parent", "children")
 
     def __init__(self, token, slot, parent):
-        self.token, self.slot, self.parent = token, slot, parent
+        self.token = token
+        self.slot = slot
+        self.parent = parent
         self.depth = parent.depth + 1 if parent else 0      # tokens in the prefix
         self.children = {}                                  # token -> TrieNode
 
@@ -39,7 +39,6 @@ class TrieCache:
 
         trie = TrieCache(model)
         hidden = trie(sequences)    # list of token lists -> (n, d): the final hidden state of each last token
-        trie.retain(sequences)          # forget all that none of these sequences needs
 
     A search, which goes on from where it was, holds nodes in place of sequences, and so never walks a path
     again:
@@ -48,7 +47,7 @@ class TrieCache:
         compute(model, [trie])                      # one pass over all that waits, here or in several tries
         hidden = trie.hidden_at([node])             # (1, d)
         child = trie.insert(node, [token])
-        trie.keep({child})
+        trie.prune([child])                         # forget all but the paths to these nodes
 
     `computed` counts tokens that went through the model, `cached` all others of the requested sequences,
     `attended` the keys on the paths of computed tokens, themselves included."""
@@ -57,45 +56,39 @@ class TrieCache:
         self.model = model
         self.root = TrieNode(None, None, None)  # the empty prefix: no token, no slot
         self.waiting = []                       # nodes that no forward pass has read yet
-        self.leaves = set()                     # nodes without children, except the root
-        self.free, self.used = [], 0            # slots given back (a heap), and how many were ever handed out
+        self.free = []                          # slots given back, a heap
+        self.used = 0                           # how many slots were ever handed out
         self.computed = self.cached = self.attended = 0
-        config, like = model.config, dict(dtype=model.dtype, device=model.device)
+        config = model.config
+        like = dict(dtype=model.dtype, device=model.device)
         shape = config.num_hidden_layers, 2, config.num_key_value_heads, capacity, config.head_dim
         self.arena = torch.zeros(shape, **like)     # (layers, keys and values, kv_heads, slots, head_dim)
         self.hidden = torch.zeros(capacity, config.hidden_size, **like)      # (slots, d), after the last norm
         self.visible = np.zeros((capacity, capacity), dtype=bool)          # [i, j]: may slot i look at slot j
 
     def __call__(self, sequences):
-        """Final hidden states of the last tokens of n sequences (token lists): (n, d).
-
-        What is not in the trie yet is computed in one forward pass. Raises BadInput for an empty sequence and
-        for one longer than the model's context; the trie is then unchanged.
-        """
-        name, limit = self.model.config.name, self.model.config.max_position_embeddings
-        for sequence in sequences:
-            if not 1 <= len(sequence) <= limit:
-                raise BadInput(f"a sequence of {len(sequence)} tokens: {name} reads 1 to {limit}")
+        """Final hidden states of the last tokens of n token lists: (n, d), in one pass over what is new."""
+        assert all(sequences), "a sequence has no token, so there is nothing to read"
         nodes = [self.insert(self.root, sequence) for sequence in sequences]
         compute(self.model, [self])
         return self.hidden_at(nodes)
 
     def insert(self, node, tokens):
         """The node that these tokens lead to from `node`. Those that are new wait for `compute`."""
+        limit = self.model.config.max_position_embeddings
+        assert node.depth + len(tokens) <= limit, f"{self.model.config.name} reads at most {limit} tokens"
         new = 0
         for token in tokens:
             child = node.children.get(token)
             if child is None:
-                child = node.children[token] = TrieNode(token, self.take_slot(), node)
+                child = TrieNode(token, self.take_slot(), node)
+                node.children[token] = child
                 # A token sees what its parent sees, and itself.
                 self.visible[child.slot] = self.visible[node.slot] if node.slot is not None else False
                 self.visible[child.slot, child.slot] = True
                 self.waiting.append(child)
-                self.leaves.discard(node)
                 new += 1
             node = child
-        if new:
-            self.leaves.add(node)
         self.cached += node.depth - new
         return node
 
@@ -116,39 +109,33 @@ class TrieCache:
         """The lowest free slot, or else the next that was never used, for which all tensors may double."""
         if self.free:
             return heapq.heappop(self.free)
-        slot, self.used = self.used, self.used + 1
+        slot = self.used
+        self.used += 1
         if self.used > len(self.hidden):
             self.arena = torch.cat((self.arena, torch.zeros_like(self.arena)), dim=3)
             self.hidden = torch.cat((self.hidden, torch.zeros_like(self.hidden)), dim=0)
             self.visible = np.pad(self.visible, (0, slot))
         return slot
 
-    def retain(self, sequences):
-        """As `keep`, for token lists: forget every node that is on none of their paths."""
-        nodes = set()
-        for sequence in sequences:
-            node = self.root
-            for token in sequence:
-                if token not in node.children:
-                    break
-                node = node.children[token]
-            nodes.add(node)
-        self.keep(nodes)
-
-    def keep(self, nodes):
-        """Forget every node that is neither in this set nor an ancestor of one in it, and give its slot back.
-        From each other leaf it goes up, to the first node that is in the set or has another child. No node
-        may be waiting."""
+    def prune(self, nodes):
+        """Forget every node that is neither one of these nor an ancestor of one, and give its slot back.
+        Whoever still holds a forgotten node sees that its slot is None. No node may be waiting."""
         assert not self.waiting, "compute first: a forgotten node must not be computed into a slot of another"
-        for node in self.leaves - nodes:
-            self.leaves.remove(node)
-            while node is not self.root and not node.children and node not in nodes:
-                heapq.heappush(self.free, node.slot)
-                node.slot = None                            # whoever still holds this node can see it
-                del node.parent.children[node.token]
+        # 1. mark what is wanted: these nodes and all above them
+        wanted = {self.root}
+        for node in nodes:
+            while node not in wanted:
+                wanted.add(node)
                 node = node.parent
-            if node in nodes and not node.children:
-                self.leaves.add(node)
+        # 2. free what hangs from a wanted node without being wanted, and all below it
+        unwanted = [child for node in wanted for child in node.children.values() if child not in wanted]
+        for node in unwanted:
+            del node.parent.children[node.token]
+        while unwanted:
+            node = unwanted.pop()
+            heapq.heappush(self.free, node.slot)
+            node.slot = None
+            unwanted += node.children.values()
 
     def bytes_of(self, slots):
         """Bytes of the keys and values of so many tokens, in all layers together."""
@@ -160,33 +147,38 @@ class Pass:
     that Llama.forward hands each layer's queries, keys and values to; each token looks at its own trie."""
 
     def __init__(self, tries, device):
-        self.tries, self.sizes = tries, [len(trie.waiting) for trie in tries]
-        self.slots, self.masks = [], []            # of each trie: where its keys are written, who looks where
+        self.tries = tries
+        self.sizes = [len(trie.waiting) for trie in tries]
+        self.slots = []                                     # of each trie: where its keys are written, (n,)
+        self.masks = []                                     # of each trie: who looks where, (n, used)
         for trie in tries:
             slots = [node.slot for node in trie.waiting]
             blocked = torch.from_numpy(~trie.visible[slots, :trie.used]).to(device)
-            self.slots.append(torch.tensor(slots, device=device))               # (n,)
             mask = torch.zeros_like(blocked, dtype=trie.hidden.dtype)
-            self.masks.append(mask.masked_fill_(blocked, -math.inf))            # (n, used)
+            self.slots.append(torch.tensor(slots, device=device))
+            self.masks.append(mask.masked_fill_(blocked, -math.inf))
 
     def attend(self, layer, q, k, v):
         """Each trie's attention over its own tokens. q (1, heads, n, head_dim), k and v (1, kv_heads, n,
         head_dim), n the tokens of all tries; returns the shape of q."""
-        parts = zip(self.tries, *(x.split(self.sizes, dim=2) for x in (q, k, v)), self.slots, self.masks)
+        q, k, v = (x.split(self.sizes, dim=2) for x in (q, k, v))           # of each trie its own tokens
+        parts = zip(self.tries, q, k, v, self.slots, self.masks)
         return torch.cat([trie.attend(layer, *part) for trie, *part in parts], dim=2)
 
 
 @torch.no_grad()
 def compute(model, tries):
     """One forward pass over all waiting tokens of these tries. model: their Llama, or what reads for the
-    Llamas of all of them (engine.Backbone)."""
+    Llamas of all of them (plumbing/fast.py)."""
     tries = [trie for trie in tries if trie.waiting]
     if not tries:
         return
-    nodes, this = [node for trie in tries for node in trie.waiting], Pass(tries, model.device)
-    row = lambda values: torch.tensor([values], device=model.device)            # (1, n)
-    hidden = model(row([node.token for node in nodes]), row([node.depth - 1 for node in nodes]), this)[0]
-    for trie, slots, h in zip(tries, this.slots, hidden.split(this.sizes)):
+    waiting = [node for trie in tries for node in trie.waiting]
+    tokens = torch.tensor([[node.token for node in waiting]], device=model.device)              # (1, n)
+    positions = torch.tensor([[node.depth - 1 for node in waiting]], device=model.device)       # (1, n)
+    forward_pass = Pass(tries, model.device)
+    hidden = model(tokens, positions, forward_pass)[0]                                          # (n, d)
+    for trie, slots, h in zip(tries, forward_pass.slots, hidden.split(forward_pass.sizes)):
         trie.hidden[slots] = h
         trie.computed += len(trie.waiting)
         trie.attended += sum(node.depth for node in trie.waiting)

@@ -26,7 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from files import BadInput, Parser, run                     # noqa: E402
+from plumbing.start import run  # noqa: E402
+
+from plumbing.errors import BadInput  # noqa: E402
+from plumbing.parser import Parser  # noqa: E402
 
 # All that a copy has, but for the tests of exercises. Nothing else is copied: no history, no file of the lecturer's.
 MODULES = "files tokenizer model trie_cache mrm adapters saffron engine search train_mrm sample eval bench page"

@@ -43,7 +43,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from assign import EXERCISES, MODULES, tests_of, write_copy
-from files import BadInput, Parser, check_output, number, printable, run, write_file
+from plumbing.errors import BadInput
+from plumbing.parser import Parser, number
+from plumbing.files import check_output, write_file
+from plumbing.start import printable, run
 
 GRADED = [n for n, exercise in EXERCISES.items() if exercise.functions]
 PASSED = [["setup", "passed"], ["call", "passed"], ["teardown", "passed"]]

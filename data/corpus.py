@@ -1,13 +1,16 @@
 """
-Reads the data sets: labelled replies, replies with rewards, and the requests of an evaluation.
+What reward models learn from: labelled replies, replies with rewards, and batches of them.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters import read_metadata
-from files import BadInput, read_jsonl, reading
-from model import read_tensors
+import torch
+
+from plumbing.adapters import read_metadata
+from plumbing.checkpoint import read_tensors
+from plumbing.errors import BadInput
+from plumbing.files import parsing, read_field, read_jsonl, reading
 
 
 @dataclass
@@ -21,23 +24,63 @@ class Example:
     siblings: list = field(default_factory=list)
 
 
+@dataclass
+class Batch:
+    """Some Examples as tensors, padded on the right: attention is causal, so no token sees the padding."""
+    tokens: torch.Tensor                # contexts and replies (B, T)
+    # of each of the n reply tokens:
+    rows: torch.Tensor                  # which example it is in (n,)
+    columns: torch.Tensor               # where it stands in `tokens` (n,)
+    targets: torch.Tensor               # its label, or the guard's reward (n,)
+    # of each of the m siblings:
+    sibling_rows: torch.Tensor          # which example it is of (m,)
+    sibling_columns: torch.Tensor       # where the token before it stands in `tokens` (m,)
+    sibling_tokens: torch.Tensor        # the token (m,)
+    sibling_rewards: torch.Tensor       # the guard's reward if it came next (m,)
+    sibling_prefixes: torch.Tensor      # the number of its prefix: siblings of one prefix share it (m,)
+
+
+def collate(examples, device):
+    """The Batch of some Examples."""
+    length = max(len(e.context) + len(e.reply) for e in examples)
+    tokens = torch.zeros(len(examples), length, dtype=torch.long)
+    replies, siblings, prefixes = [], [], {}
+    for i, e in enumerate(examples):
+        start = len(e.context)
+        tokens[i, :start + len(e.reply)] = torch.tensor(e.context + e.reply)
+        replies += [(i, start + j, target) for j, target in enumerate(e.targets)]
+        for position, token, reward in e.siblings:
+            prefix = prefixes.setdefault((i, position), len(prefixes))
+            siblings.append((i, start + position - 1, token, reward, prefix))
+
+    def column(values, dtype=torch.long):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    rows, columns, targets = zip(*replies)
+    s_rows, s_columns, s_tokens, s_rewards, s_prefixes = zip(*siblings) if siblings else [()] * 5
+    return Batch(tokens.to(device), column(rows), column(columns), column(targets, torch.float32),
+                 column(s_rows), column(s_columns), column(s_tokens), column(s_rewards, torch.float32),
+                 column(s_prefixes))
+
+
 def read_labels(path, llama, max_prompt, max_reply):
     """Examples from data/safety_labels: the last max_prompt tokens of each prompt, the first max_reply tokens
     of prefill, response and end-of-sequence. A prefill, where a row has one, is an unsafe beginning of the
     reply; the row's label is that of the response after it. Raises BadInput with the line number of a
     malformed row."""
-    examples, template = [], llama.tokenizer.template("reward")
+    examples = []
+    template = llama.tokenizer.template("reward")
     for number, row in read_jsonl(path):
-        row = {"prefill": ""} | row
-        if not (all(isinstance(row.get(key), str) for key in ("source", "prompt", "prefill", "response"))
-                and isinstance(row.get("unsafe"), (int, float)) and 0 <= row["unsafe"] <= 1):
-            raise BadInput(f'{path}, line {number}: expected {{"source": text, "prompt": text, "response": text,'
-                           ' "unsafe": 0 to 1}, and perhaps "prefill": text')
-        encoded = [llama.tokenizer.encode(row[key]) for key in ("prompt", "prefill", "response")]
-        prompt, prefill, response = encoded[0], encoded[1], encoded[2] + [llama.config.eos_token_ids[0]]
-        targets = [1.0] * len(prefill) + [float(row["unsafe"])] * len(response)
-        context, reply = template(prompt[-max_prompt:]), (prefill + response)[:max_reply]
-        examples.append(Example(row["source"], context, reply, targets[:max_reply]))
+        with parsing(f"{path}, line {number}", "a labelled reply"):
+            source, prompt, response = (read_field(row, key, str) for key in ("source", "prompt", "response"))
+            prefill = read_field(row, "prefill", str, default="")
+            label = read_field(row, "unsafe", float, 0, 1)
+        context = template(llama.tokenizer.encode(prompt)[-max_prompt:])
+        prefill = llama.tokenizer.encode(prefill)
+        response = llama.tokenizer.encode(response) + [llama.config.eos_token_ids[0]]
+        targets = [1.0] * len(prefill) + [label] * len(response)
+        reply = (prefill + response)[:max_reply]
+        examples.append(Example(source, context, reply, targets[:max_reply]))
     return examples
 
 
@@ -45,7 +88,8 @@ def read_rewards(folder, llama, guard=None):
     """(training, held-out) examples from the shards of data/safety_rewards, whose readme.md describes them.
     Raises BadInput when a shard is missing, incomplete, or made with another vocabulary or run than it
     should; with the id of a guard (adapters.guard_id), also when another guard has given the rewards."""
-    template, paths = llama.tokenizer.template("reward"), sorted(Path(folder).glob("corpus-*.safetensors"))
+    template = llama.tokenizer.template("reward")
+    paths = sorted(Path(folder).glob("corpus-*.safetensors"))
     metadata = [read_metadata(path) for path in paths]
     if not paths or metadata[0].get("shards") != len(paths):
         expected = metadata[0].get("shards") if paths else "some"
@@ -53,45 +97,29 @@ def read_rewards(folder, llama, guard=None):
                        "data/safety_rewards/prepare.py makes them")
     training, held_out = [], []
     for path, meta in zip(paths, metadata):
-        checks = [("vocabulary", meta.get("vocabulary"), llama.tokenizer.fingerprint),
-                  ("run", meta.get("run"), metadata[0].get("run"))]
-        if guard:
-            checks.append(("guard", meta.get("run", {}).get("guard"), guard))
-        for what, theirs, ours in checks:
+        their_guard = meta.get("run", {}).get("guard")
+        for what, theirs, ours in (("vocabulary", meta.get("vocabulary"), llama.tokenizer.fingerprint),
+                                   ("run", meta.get("run"), metadata[0].get("run")),
+                                   ("guard", their_guard, guard or their_guard)):
             if theirs != ours:
                 raise BadInput(f"{path} was made with the {what} {theirs}, but here it must be {ours}")
         data = dict(read_tensors(path))
-        split = lambda name, lengths: [t.tolist() for t in data[name].split(data[lengths].tolist())]
         with reading(path, "a shard of data/safety_rewards"):
-            sources = [meta["source_names"][i] for i in data["sources"].tolist()]
-            rows = zip(data["held_out"].tolist(), sources, split("prompts", "prompt_lengths"),
-                       split("replies", "reply_lengths"), split("rewards", "reply_lengths"))
-            siblings = [[] for _ in sources]                                # of a corpus that has none
+            prompts = split(data, "prompts", "prompt_lengths")
+            replies = split(data, "replies", "reply_lengths")
+            rewards = split(data, "rewards", "reply_lengths")
+            siblings = [[] for _ in replies]                                # of a corpus that has none
             if "sibling_counts" in data:
-                columns = (split(f"sibling_{name}", "sibling_counts") for name in ("positions", "tokens", "rewards"))
+                columns = [split(data, f"sibling_{name}", "sibling_counts")
+                           for name in ("positions", "tokens", "rewards")]
                 siblings = [list(zip(*labels)) for labels in zip(*columns, strict=True)]
-        for (is_held_out, source, prompt, reply, rewards), labels in zip(rows, siblings):
-            example = Example(source, template(prompt), reply, rewards, labels)
-            (held_out if is_held_out else training).append(example)
+            for i, is_held_out in enumerate(data["held_out"].tolist()):
+                source = meta["source_names"][data["sources"][i]]
+                example = Example(source, template(prompts[i]), replies[i], rewards[i], siblings[i])
+                (held_out if is_held_out else training).append(example)
     return training, held_out
 
 
-def read_attacks(paths, attack, suffix, limit):
-    """{number: row} of the data of eval.py, counted through all files; with a limit only the first rows of
-    each. A row keeps its other keys. Raises BadInput with the line number of one that lacks what the attack
-    needs."""
-    rows, count = {}, 0
-    needed = {"prefill": ["response"], "suffix": [] if suffix else ["suffix"], "none": []}[attack]
-    for path in paths:
-        for i, (number, row) in enumerate(read_jsonl(path)):
-            source = f"{Path(path).name}, line {number}"
-            for key in ["prompt"] + (needed if row.get("category") != "harmless" else []):
-                if not isinstance(row.get(key), str) or not row[key].strip():
-                    raise BadInput(f'{path}, line {number}: expected a "{key}", which --attack {attack} needs')
-            if limit is None or i < limit:
-                rows[count] = {key: value.strip() if isinstance(value, str) else value
-                               for key, value in row.items()} | {"source": source}
-            count += 1
-    if not rows:
-        raise BadInput(f"{', '.join(map(str, paths))}: found no prompts")
-    return rows
+def split(data, name, lengths):
+    """A tensor that holds lists of these lengths, one after another, as those lists."""
+    return [part.tolist() for part in data[name].split(data[lengths].tolist())]

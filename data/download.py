@@ -21,7 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from files import BadInput, read_json, write_file
+from plumbing.errors import BadInput
+from plumbing.files import read_json, write_file
 
 ROWS_SERVICE = "https://datasets-server.huggingface.co"
 ROWS_A_PAGE = 100                                       # the most that it gives at once

@@ -14,17 +14,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the modules are at top level, one folder up
 
-from files import BadInput, run                             # noqa: E402
+from plumbing.start import run  # noqa: E402
 
-import numpy as np                                          # noqa: E402
-import torch                                                # noqa: E402
-import transformers                                         # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-from adapters import DEFAULT, default_models                # noqa: E402
-from saffron import PREFILL, PROMPT                         # noqa: E402
-from search import none, saffron                            # noqa: E402
+from baselines import no_defence  # noqa: E402
+from engine import Options  # noqa: E402
+from plumbing.adapters import default_models  # noqa: E402
+from plumbing.checkpoint import DEFAULT  # noqa: E402
+from plumbing.errors import BadInput  # noqa: E402
+from saffron import PREFILL, PROMPT  # noqa: E402
+from search import saffron  # noqa: E402
 
-TOKENS, TURNS = 50, 5
+TOKENS = 50
+TURNS = 5
 
 
 @torch.no_grad()
@@ -34,17 +39,21 @@ def main():
     prompt = policy.tokenizer.prompt(PROMPT, PREFILL)
     context = torch.tensor([prompt.policy_tokens(policy.template)])
     length = dict(max_new_tokens=TOKENS, min_new_tokens=TOKENS)
-    ours = lambda search, *more, **options: search(policy, *more, prompt, **length, **options).tokens
+
+    def ours(search, reward_model, width=1):
+        return search(policy, reward_model, prompt, Options(width=width, beta=0.0, **length)).tokens
 
     def generate(**options):
         tokens = theirs.generate(context, attention_mask=torch.ones_like(context), pad_token_id=0, **length, **options)
         return tokens[0, context.shape[1]:].tolist()
 
-    greedy = lambda: generate(do_sample=False)
+    def greedy():
+        return generate(do_sample=False)
+
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32, "
           f"a context of {context.shape[1]} tokens, {TOKENS} new ones; ms a step")
     for name, a, b in (
-            ("greedy", greedy, lambda: ours(none, None)),
+            ("greedy", greedy, lambda: ours(no_defence, None)),
             ("saffron, width 4, against greedy", greedy, lambda: ours(saffron, mrm, width=4)),
             ("saffron, width 16, against sampling 16", lambda: generate(do_sample=True, num_return_sequences=16),
              lambda: ours(saffron, mrm, width=16))):

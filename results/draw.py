@@ -4,7 +4,7 @@ The plots of eval.py --plot and bench.py --plot. They need matplotlib, which not
 
 import io
 
-from files import write_file
+from plumbing.files import write_file
 
 
 def pyplot():

@@ -14,15 +14,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the modules are at top level, one folder up
 
-from files import Parser, check_output, number, run, write_file     # noqa: E402
+from plumbing.start import run  # noqa: E402
 
-from safetensors.torch import save                          # noqa: E402
+from safetensors.torch import save  # noqa: E402
 
-from adapters import DEFAULT, load_llama, read_metadata     # noqa: E402
-from data.corpus import read_rewards                        # noqa: E402
-from model import read_tensors                              # noqa: E402
-from mrm import unseen_tokens                               # noqa: E402
-from train_mrm import weigh, weights                        # noqa: E402
+from data.corpus import read_rewards  # noqa: E402
+from mrm import unseen_tokens  # noqa: E402
+from plumbing.adapters import read_metadata  # noqa: E402
+from plumbing.checkpoint import DEFAULT, load_llama  # noqa: E402
+from plumbing.checkpoint import read_tensors  # noqa: E402
+from plumbing.files import check_output, write_file  # noqa: E402
+from plumbing.parser import Parser, number  # noqa: E402
+from plumbing.weights import weigh, weights  # noqa: E402
 
 
 def main():
@@ -37,7 +40,8 @@ def main():
     add("--out", type=Path, required=True, help="the adapter file to write")
     args = parser.parse_args()
     check_output(args.out)
-    llama, tensors = load_llama(args.base), dict(read_tensors(args.mrm))
+    llama = load_llama(args.base)
+    tensors = dict(read_tensors(args.mrm))
     training, _ = read_rewards(args.data, llama)
     distinct = {id(e): e for e in weigh(training, args.weights)}.values()       # --weights may repeat a reply
     texts = [e.reply + [token for _, token, _ in e.siblings if args.siblings] for e in distinct]

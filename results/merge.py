@@ -16,10 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the modules are at top level, one folder up
 
-from files import BadInput, Parser, check_output, read_json, run, write_file     # noqa: E402
+from plumbing.start import run  # noqa: E402
 
-from eval import markdown, read_results, summarize          # noqa: E402
-from results.draw import attack_success                     # noqa: E402
+from plumbing.errors import BadInput  # noqa: E402
+from plumbing.files import check_output, read_json, write_file  # noqa: E402
+from plumbing.parser import Parser  # noqa: E402
+from plumbing.tables import markdown, read_results, summarize  # noqa: E402
+from results.draw import attack_success  # noqa: E402
 
 
 def main():
@@ -32,7 +35,9 @@ def main():
         check_output(path)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib: pip install matplotlib")
-    results, seeds, first = [], [], read_json(args.folders[0] / "arguments.json")
+    results = []
+    seeds = []
+    first = read_json(args.folders[0] / "arguments.json")
     for folder in args.folders:
         arguments = read_json(folder / "arguments.json")
         if arguments.get("seed") in seeds:

@@ -14,15 +14,17 @@ GOLDEN = ROOT / "tests" / "golden"
 SMOLLM2 = ROOT / "data" / "smollm2"
 sys.path[:0] = [str(ROOT), str(ROOT / "course")]
 
-import files                                    # noqa: E402, F401: before torch
+import plumbing.start                           # noqa: E402, F401: before torch
 import torch                                    # noqa: E402
 
 try:
-    from adapters import load_adapter, load_released_mrm
-    from model import Llama
+    from baselines import SEARCHES
+    from engine import Options
     from mrm import Guard
-    from search import SEARCHES
-    from tokenizer import BYTE_OF, Template
+    from plumbing.adapters import load_adapter
+    from plumbing.checkpoint import load_llama
+    from plumbing.released import load_released_mrm
+    from plumbing.tokenizer import BYTE_OF, Template
 except SystemExit as end:                       # pytest would end too, and say nothing
     raise ImportError("0 points: a module ends the program while it is imported (sys.exit)") from end
 
@@ -32,10 +34,12 @@ except SystemExit as end:                       # pytest would end too, and say 
 
 def pytest_addoption(parser):
     parser.addoption("--exercise", type=int, metavar="N", help="run the tests of one exercise and count its points")
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes half a minute or more")
+    config.addinivalue_line("markers", "slow: runs with --slow only")
+    config.left_out = 0                                 # how many slow tests were not run
     config.addinivalue_line("markers", "exercise(N, points): checks exercise N, and is worth so many points if all of it passes")
     config.grades = {}                                  # test function -> (points, [outcome of each case])
 
@@ -48,6 +52,12 @@ def exercise_of(item):
 
 def pytest_collection_modifyitems(config, items):
     wanted = config.getoption("--exercise")
+    named = any("::" in argument for argument in config.args)           # a test that is named is wanted
+    if not config.getoption("--slow") and not named and wanted is None:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.left_out = len(slow)
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     if wanted is not None:
         numbers = sorted({exercise_of(item) for item in items} - {None})
         if wanted not in numbers:
@@ -73,7 +83,9 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_unconfigure(config):
-    """The last thing printed: the points."""
+    """The last thing printed: the points, or how many tests were left out."""
+    if config.left_out:
+        print(f"{config.left_out} slow tests were left out; python -m pytest --slow runs all")
     if config.getoption("--exercise") is not None and config.grades:
         total = 0
         print(f"\nexercise {config.getoption('--exercise')}")
@@ -97,14 +109,14 @@ def golden_search():
 
 @pytest.fixture(scope="session")
 def tiny_policy(golden_search):
-    llama = Llama.load(GOLDEN / "tiny_policy", torch.float64)
+    llama = load_llama(GOLDEN / "tiny_policy", torch.float64)
     llama.template = Template(golden_search["policy_prefix"], golden_search["policy_infix"])
     return llama
 
 
 @pytest.fixture(scope="session")
 def tiny_guard():
-    return Llama.load(GOLDEN / "tiny_guard", torch.float64)
+    return load_llama(GOLDEN / "tiny_guard", torch.float64)
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +143,7 @@ def smollm2_folder():
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_folder):
-    return Llama.load(smollm2_folder)
+    return load_llama(smollm2_folder)
 
 
 @pytest.fixture(scope="session")
@@ -209,3 +221,8 @@ def in_two_processes(script, *args):
 
 def reward_model_of(method, mrm, guard):
     return {None: None, "guard": guard, "mrm": mrm}[SEARCHES[method][1]]
+
+
+def paper(**options):
+    """The Options of a search, by default with the paper's ranking."""
+    return Options(**{"beta": 0.0} | options)

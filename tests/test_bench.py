@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from conftest import run_script
+from conftest import paper, run_script
 
 import saffron
 from bench import CopyCache
-from tokenizer import Prompt
+from plumbing.tokenizer import Prompt
 from search import saffron as search
 
 
@@ -15,7 +15,7 @@ from search import saffron as search
 def test_reference_finds_the_same_reply(tiny_policy, tiny_mrm, width, top_p, least):
     """In float64; with least = 2, sequences end on the way."""
     prompt, caches = Prompt([5, 6, 7], [8]), (CopyCache(tiny_policy), CopyCache(tiny_mrm.llama))
-    result = search(tiny_policy, tiny_mrm, prompt, width=width, max_new_tokens=12, min_new_tokens=least, top_p=top_p)
+    result = search(tiny_policy, tiny_mrm, prompt, paper(width=width, max_new_tokens=12, min_new_tokens=least, top_p=top_p))
     frontiers = saffron.saffron(tiny_policy, tiny_mrm, prompt, width, 12, least, top_p, read=caches)
     assert frontiers[-1][0].tokens == result.tokens
     if least == 12:                     # all are read at once: the copies of the last step are all there is

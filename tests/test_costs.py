@@ -4,20 +4,21 @@ import copy
 
 import pytest
 import torch
-from conftest import reward_model_of
+from conftest import paper, reward_model_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenizer import Prompt, Template
+from plumbing.tokenizer import Prompt, Template
 from mrm import MRM, add_lora, trained_tensors
-from engine import same_base
-from search import SEARCHES, best_of_n, saffron
+from plumbing.fast import same_base
+from baselines import SEARCHES, best_of_n
+from search import saffron
 from trie_cache import TrieCache
 
 
 def test_costs_of_saffron(tiny_policy, tiny_mrm):
     prompt = Prompt([1, 2, 3])
-    result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=6, min_new_tokens=6)
+    result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=3, max_new_tokens=6, min_new_tokens=6))
     asked = [[[]]] + [[b.tokens for b in frontier] for frontier in result.trace[:-1]]
     calls = sum(map(len, asked))
     stats = result.stats
@@ -35,8 +36,8 @@ def test_costs_of_saffron(tiny_policy, tiny_mrm):
 def test_kv_memory_grows_with_distinct_prefixes(tiny_policy, tiny_scalar_guard):
     """A long prompt is stored once, whatever the width."""
     peak = lambda width: none_or_best(width).stats
-    none_or_best = lambda width: best_of_n(tiny_policy, tiny_scalar_guard, Prompt(list(range(10, 210))), width=width,
-                                           max_new_tokens=4, min_new_tokens=4, top_p=1.0)
+    none_or_best = lambda width: best_of_n(tiny_policy, tiny_scalar_guard, Prompt(list(range(10, 210))), paper(width=width,
+                                           max_new_tokens=4, min_new_tokens=4, top_p=1.0))
     one, eight = peak(1), peak(8)
     assert eight.peak_kv_bytes < 1.3 * one.peak_kv_bytes and eight.unshared_kv_bytes > 7.9 * one.unshared_kv_bytes
 
@@ -47,7 +48,7 @@ def test_flops_agree_with_torchs_own_count(method, tiny_policy, tiny_mrm, tiny_s
     attention only where that is written as plain products.)"""
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        result = SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2]), width=1, max_new_tokens=3, top_p=1e-3)
+        result = SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2]), paper(width=1, max_new_tokens=3, top_p=1e-3))
     assert result.stats.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert result.stats.flops == result.stats.policy_flops + result.stats.reward_flops
     assert (result.stats.reward_flops == 0) == (method == "none") and result.stats.policy_flops > 0
@@ -57,7 +58,7 @@ def test_a_frontier_is_read_without_walking_its_past(tiny_policy, tiny_mrm, monk
     """After the prompt, each step inserts one token a branch, whatever the length."""
     lengths, insert = [], TrieCache.insert
     monkeypatch.setattr(TrieCache, "insert", lambda self, node, tokens: lengths.append(len(tokens)) or insert(self, node, tokens))
-    saffron(tiny_policy, tiny_mrm, Prompt([1] * 50), width=3, max_new_tokens=10, min_new_tokens=10)
+    saffron(tiny_policy, tiny_mrm, Prompt([1] * 50), paper(width=3, max_new_tokens=10, min_new_tokens=10))
     assert all(n > 50 for n in lengths[:2]) and set(lengths[2:]) == {1}
 
 
@@ -68,10 +69,10 @@ def test_prompts_side_by_side_are_searched_as_if_alone(method, tiny_policy, tiny
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
     prompts = [Prompt([5, 6, 7], [8]), Prompt(list(range(40, 80))), Prompt([9]), Prompt([5, 6, 7], [8, 9], True)]
     options = dict(width=8, max_new_tokens=12, min_new_tokens=2, top_p=0.95, temperature=1.0, seed=3)
-    together = SEARCHES[method][0](tiny_policy, reward_model, prompts, **options)
+    together = SEARCHES[method][0](tiny_policy, reward_model, prompts, paper(**options))
     assert len({len(r.tokens) for r in together}) > 1 and len(together) == 4
     for prompt, got in zip(prompts, together):
-        alone = SEARCHES[method][0](tiny_policy, reward_model, prompt, **options)
+        alone = SEARCHES[method][0](tiny_policy, reward_model, prompt, paper(**options))
         frontiers = lambda r: [[b.tokens for b in frontier] for frontier in r.trace]
         assert (got.tokens, got.finished, frontiers(got)) == (alone.tokens, alone.finished, frontiers(alone))
         assert got.reward == (None if method == "none" else pytest.approx(alone.reward, abs=1e-9))
@@ -93,7 +94,7 @@ def test_one_backbone_for_both_readers_changes_nothing(tiny_policy, beta):
                 torch.nn.init.normal_(p, std=0.3)
         mrms.append(mrm)
     assert same_base(policy, mrms[0].llama) and not same_base(policy, mrms[1].llama)
-    shared, apart = [saffron(policy, mrm, prompts, width=4, max_new_tokens=10, min_new_tokens=3, beta=beta) for mrm in mrms]
+    shared, apart = [saffron(policy, mrm, prompts, paper(width=4, max_new_tokens=10, min_new_tokens=3, beta=beta)) for mrm in mrms]
     for one, two in zip(shared, apart):
         assert one.tokens == two.tokens and one.reward == pytest.approx(two.reward, abs=1e-9)
         assert [[b.tokens for b in f] for f in one.trace] == [[b.tokens for b in f] for f in two.trace]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMOLLM2, in_two_processes, run_script
-from files import locked
+from plumbing.files import locked
 from safetensors.torch import load_file
 
 import adapters
-from adapters import guard_id, read_metadata
+from plumbing.adapters import guard_id, read_metadata
 from data.corpus import read_rewards
 from eval import REFUSAL
 from search import nucleus

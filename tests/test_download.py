@@ -9,7 +9,7 @@ from hub import ask_hub, hub                    # noqa: F401: hub is a fixture
 
 import data.download
 from data.download import NotThere, fetch
-from files import BadInput
+from plumbing.errors import BadInput
 
 HEX_PHI = "/datasets/Unispac/shallow-vs-deep-safety-alignment-dataset/resolve/main/data/safety_bench/Harmful-HEx-PHI.jsonl"
 CONVERSATIONS = [[{"role": "user", "content": f" Request {i} "}, {"role": "assistant", "content": f"Sure,\u2028here {i}"}]

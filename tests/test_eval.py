@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, in_two_processes, run_script
 
-from eval import HARMFUL, REFUSAL, Measures, attacked, interval, merge_results, parse_runs, read_results, repeats, summarize
-from tokenizer import Prompt
+from plumbing.tables import HARMFUL, interval, merge_results, read_results, summarize
+from eval import REFUSAL, Measures, attacked, parse_runs, repeats
+from plumbing.tokenizer import Prompt
 
 
 def test_log_probs_are_those_of_the_policy(tiny_policy):

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-from files import BadInput, check_output, reading, write_file
+from plumbing.errors import BadInput
+from plumbing.files import check_output, reading, write_file
 
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
-from files import BadInput, run, write_file
+from plumbing.errors import BadInput
+from plumbing.start import run
+from plumbing.files import write_file
 def main():
     {body}
 run(main)

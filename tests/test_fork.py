@@ -7,16 +7,19 @@ import sys
 
 import pytest
 import torch
-from conftest import SMOLLM2
+from conftest import SMOLLM2, paper
 from safetensors.torch import save_file
 
 import bench
 import eval as evaluation
 import sample
-from tokenizer import Prompt
-from model import Llama, LlamaConfig, read_config
+from plumbing.tokenizer import Prompt
+from model import Llama, LlamaConfig
+from plumbing.checkpoint import read_config
 from engine import Ask, search_with
-from search import SEARCHES, Method, beam, best_of_n, describe, mcts, rebase, saffron, sample_replies
+from baselines import SEARCHES, Method, beam, best_of_n, mcts, rebase, sample_replies
+from plumbing.options import describe_searches
+from search import saffron
 
 
 def call(monkeypatch, main, *options):
@@ -98,7 +101,7 @@ class Counting:
 @pytest.mark.parametrize("search", [best_of_n, beam, rebase, mcts, saffron])
 def test_a_new_guard_is_anything_with_score(tiny_policy, search):
     guard, prompts = Counting(), [Prompt([5, 6, 7], [8]), Prompt([9])]
-    results = search(tiny_policy, guard, prompts, width=3, max_new_tokens=6, min_new_tokens=6)
+    results = search(tiny_policy, guard, prompts, paper(width=3, max_new_tokens=6, min_new_tokens=6))
     for prompt, result in zip(prompts, results):
         asked = [reply for whose, reply in guard.asked if whose is prompt]
         assert result.stats.reward_calls == len(asked) and result.tokens in asked

@@ -10,14 +10,16 @@ import time
 import pytest
 import torch
 from conftest import GOLDEN, write_json, write_tokenizer
+from plumbing.checkpoint import load_llama
 
-from adapters import load_adapter, load_released_mrm, save_adapter
-from eval import HARMFUL, markdown, read_results, summarize
-from files import BadInput
+from plumbing.adapters import load_adapter, save_adapter
+from plumbing.released import load_released_mrm
+from plumbing.tables import HARMFUL, markdown, read_results, summarize
+from plumbing.errors import BadInput
 from model import Llama
 from mrm import MRM, add_lora
 from safetensors.torch import load_file, save
-from tokenizer import Template, Tokenizer
+from plumbing.tokenizer import Template, Tokenizer
 
 HOSTILE = [None, True, False, "", "text", "2", -1, 0, 1, 3, 10 ** 9, 10 ** 30, 2 ** 63, 0.5, -0.0, 1e308, float("nan"),
            float("inf"), [], {}, [[]], [None], ["a", 1], {"a": 1}, "\ud83d", "\x1b[31m", "\u202e", "(", "(a+)+$", [1] * 50,
@@ -83,7 +85,7 @@ def configs(checkpoint, out):
 
         def read(text):
             with replaced(out / name, text):
-                Llama.load(out)(torch.tensor([[1, 2, 3]]))
+                load_llama(out)(torch.tensor([[1, 2, 3]]))
         yield document, share, read
 
 
@@ -102,7 +104,7 @@ def tokenizers(checkpoint, out):
 
 
 def adapters(checkpoint, out):
-    llama = Llama.load(checkpoint)
+    llama = load_llama(checkpoint)
     mrm = MRM(add_lora(llama, 2, 4, ["q_proj"], 1), llama.tokenizer.template("reward"))
     save_adapter(mrm, out.with_suffix(".safetensors"), 2, 4, ["q_proj"], 1, "command")
     tensors = load_file(out.with_suffix(".safetensors"))

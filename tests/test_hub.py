@@ -14,17 +14,20 @@ import zipfile
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, run_script, write_json
+from conftest import GOLDEN, ROOT, paper, run_script, write_json
+from plumbing.checkpoint import load_llama
 from hub import ask_hub, hub                    # noqa: F401: hub is a fixture
 from safetensors.torch import save_file
 
-from files import BadInput
-from tokenizer import BYTE_OF, Tokenizer
+from plumbing.errors import BadInput
+from plumbing.tokenizer import BYTE_OF, Tokenizer
 from model import Llama, LlamaConfig
-from mrm import llama_guard as guard_of
-from adapters import load_guard, load_mrm
-from engine import check_vocabulary
-from search import beam, saffron
+from plumbing.guards import llama_guard as guard_of
+from plumbing.guards import load_guard
+from plumbing.released import load_mrm
+from plumbing.adapters import check_vocabulary
+from baselines import beam
+from search import saffron
 from test_data import script, write_dialogues
 from data.corpus import Example, read_rewards
 from trie_cache import TrieCache
@@ -152,13 +155,13 @@ def test_a_checkpoint_is_downloaded(hub, repositories, name, tmp_path):
     status, _, error = fetch(token="good")
     assert status == 2 and "cut off after 100000 of" in error
     with pytest.raises(BadInput):
-        Llama.load(tmp_path)                                # nothing that looks complete
+        load_llama(tmp_path)                                # nothing that looks complete
     hub.cut = None
     status, out, error = fetch(token="good")
     assert status == 0 and "is ready" in out, error
     assert any(headers.get("Range") == "bytes=100000-" for path, headers in hub.seen if path.startswith("/cdn/"))
     assert not any("Authorization" in headers for path, headers in hub.seen if path.startswith("/cdn/"))
-    llama = Llama.load(tmp_path)
+    llama = load_llama(tmp_path)
     assert llama.config.name == name and llama.tokenizer.size == 128_256 and llama.config.eos_token_ids[-1] == 128_009
     asked = len(hub.seen)
     assert fetch(token="good")[0] == 0 and len(hub.seen) == asked
@@ -171,7 +174,7 @@ def test_a_revision_and_optional_files(hub, repositories, tmp_path):
     hub.files["/owner/Model/resolve/v1.0/generation_config.json"] = b'{"eos_token_id": [5, 6]}'
     status, out, error = ask_hub(hub, "data/hub/prepare.py", "--repo", "owner/Model", "--revision", "v1.0", "--out", tmp_path)
     assert status == 0, error
-    llama = Llama.load(tmp_path)
+    llama = load_llama(tmp_path)
     assert {5, 6} <= set(llama.config.eos_token_ids) and llama.config.name == "owner/Model@v1.0"
     assert not (tmp_path / "templates.json").exists() and all("/resolve/v1.0/" in path for path, _ in hub.seen)
     status, _, error = ask_hub(hub, "data/hub/prepare.py", "--repo", "owner/Model", "--out", tmp_path)
@@ -246,12 +249,12 @@ def test_a_published_pre_tokenizer(checkpoints):
 
 @pytest.fixture(scope="module")
 def llama_guard(checkpoints):
-    return guard_of(Llama.load(checkpoints[GUARD], torch.float64))
+    return guard_of(load_llama(checkpoints[GUARD], torch.float64))
 
 
 @pytest.fixture(scope="module")
 def policy(checkpoints):
-    return Llama.load(checkpoints[POLICY], torch.float64)
+    return load_llama(checkpoints[POLICY], torch.float64)
 
 
 def plain_reward(guard, sequence):
@@ -281,7 +284,7 @@ def test_a_search_with_llama_guard(policy, llama_guard, search):
     """Its rewards are those of the whole text read anew; each prefix of prompt and reply is computed once, a suffix for
     each call."""
     prompt = policy.tokenizer.prompt("Name three colours", "Sure")
-    result = search(policy, llama_guard, prompt, width=2, max_new_tokens=4, min_new_tokens=4, top_p=0.003)
+    result = search(policy, llama_guard, prompt, paper(width=2, max_new_tokens=4, min_new_tokens=4, top_p=0.003))
     for branch in result.trace[-1]:
         assert branch.reward == pytest.approx(
             plain_reward(llama_guard, prompt.reward_tokens(llama_guard.template) + branch.tokens), abs=1e-9)
@@ -294,7 +297,7 @@ def test_a_search_with_llama_guard(policy, llama_guard, search):
 
 def test_guards_are_told_apart_by_their_path(checkpoints, policy, guard, smollm2, smollm2_folder):
     assert load_guard(checkpoints[GUARD], policy).template.suffix
-    assert load_guard(checkpoints[GUARD], Llama.load(checkpoints[GUARD])).llama.config.name == GUARD
+    assert load_guard(checkpoints[GUARD], load_llama(checkpoints[GUARD])).llama.config.name == GUARD
     assert not load_guard(smollm2_folder / "guard.safetensors", smollm2).template.suffix
     assert load_guard(checkpoints[GUARD], smollm2).llama.config.name == GUARD       # of whatever vocabulary
     with pytest.raises(BadInput, match="vocabularies.*an MRM must share"):
@@ -366,7 +369,7 @@ def search_at_full_shape(folder, vocabulary):
     rewards = mrm.conservative_rewards(mrm.llama(torch.tensor([prompt.reward_tokens(mrm.template)]))[0, -1])
     assert torch.equal(rewards.isneginf(), mrm.unseen) and rewards[~mrm.unseen].isfinite().all()
     searching = time.perf_counter()
-    result = saffron(llama, mrm, prompt, width=4, max_new_tokens=8, min_new_tokens=8)
+    result = saffron(llama, mrm, prompt, paper(width=4, max_new_tokens=8, min_new_tokens=8))
     assert len(result.tokens) == len(result.trace) == 8 and not mrm.unseen[result.tokens].any()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return searching - started, result.stats.seconds, peak

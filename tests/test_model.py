@@ -9,9 +9,11 @@ import torch
 from conftest import GOLDEN, spelled
 from safetensors.torch import load_file, save_file
 
-from files import BadInput
-from tokenizer import Tokenizer
-from model import Linear, Llama, LlamaConfig, read_config, rotary_frequencies, rotate
+from plumbing.errors import BadInput
+from plumbing.tokenizer import Tokenizer
+from plumbing.fast import PackedLinear
+from model import Llama, LlamaConfig, rotary_frequencies, rotate
+from plumbing.checkpoint import load_llama, read_config
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12,
           "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
@@ -46,7 +48,7 @@ def test_logits_equal_those_of_transformers(name):
     """tiny_policy: tied embeddings, plain RoPE. tiny_guard: untied, Llama 3's RoPE. transformers computes norms and
     angles in float32, hence the tolerance."""
     golden = load_file(GOLDEN / "logits.safetensors")
-    model = Llama.load(GOLDEN / name, torch.float64)
+    model = load_llama(GOLDEN / name, torch.float64)
     logits = model.logits(model(golden[f"{name}.tokens"].long()[None])[0, golden["positions"]])
     torch.testing.assert_close(logits, golden[f"{name}.logits"].double(), atol=1e-5, rtol=0)
 
@@ -120,17 +122,17 @@ def test_no_token_sees_the_future(tiny_policy):
 
 
 def test_shards_give_the_same_model_as_one_file(checkpoint):
-    one = Llama.load(checkpoint()).state_dict()
-    three = Llama.load(checkpoint(shards=3)).state_dict()
+    one = load_llama(checkpoint()).state_dict()
+    three = load_llama(checkpoint(shards=3)).state_dict()
     assert one.keys() == three.keys() and all(torch.equal(one[name], three[name]) for name in one)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float32, 1e-4)])
 def test_lower_precision_is_close(checkpoint, dtype, tolerance):
     folder, tokens = checkpoint(), torch.tensor([[1, 5, 9, 2]])
-    low = Llama.load(folder, dtype)(tokens)
+    low = load_llama(folder, dtype)(tokens)
     assert low.dtype == dtype
-    assert torch.allclose(low.double(), Llama.load(folder, torch.float64)(tokens), atol=tolerance, rtol=tolerance)
+    assert torch.allclose(low.double(), load_llama(folder, torch.float64)(tokens), atol=tolerance, rtol=tolerance)
 
 
 def test_config_is_read(checkpoint):
@@ -147,7 +149,7 @@ def test_config_is_read(checkpoint):
 ])
 def test_wrong_tensors_are_named(checkpoint, changes, tensors, said):
     with pytest.raises(BadInput) as error:
-        Llama.load(checkpoint(changes, tensors))
+        load_llama(checkpoint(changes, tensors))
     assert all(word in str(error.value) for word in said)
 
 
@@ -162,20 +164,20 @@ def test_an_unsupported_config_is_refused_by_name(tmp_path, changes, said):
     config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match=said):
-        Llama.load(tmp_path)
+        load_llama(tmp_path)
 
 
 def test_damaged_files_are_named(checkpoint):
     folder = checkpoint()
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(BadInput, match="model.safetensors"):
-        Llama.load(folder)
+        load_llama(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadInput, match="model.safetensors: no such file"):
-        Llama.load(folder)
+        load_llama(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(BadInput, match="config.json"):
-        Llama.load(folder)
+        load_llama(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from files import BadInput
-from tokenizer import Prompt, Template
+from plumbing.errors import BadInput
+from plumbing.tokenizer import Prompt, Template
 from mrm import MRM, add_lora, Guard, LoRALinear, partial_supervision_loss, trained_tensors
-from adapters import load_adapter, load_released_mrm, save_adapter
-from engine import Backbone
+from plumbing.adapters import load_adapter, save_adapter
+from plumbing.released import load_released_mrm
+from plumbing.fast import SharedPass
 from trie_cache import TrieCache, compute
 
 TARGETS = ["q_proj", "v_proj"]
@@ -142,7 +143,7 @@ def test_one_pass_of_a_backbone_reads_for_all(tiny_guard, new_mrm, new_guard):
     tries = [TrieCache(llama) for llama in llamas + llamas[1:2]]
     sequences = [[5, 6, 7, 8], [5, 6, 9], [1], [2, 3], [4, 4, 4]]
     nodes = [trie.insert(trie.root, sequence) for trie, sequence in zip(tries, sequences)]
-    compute(Backbone(llamas), tries)
+    compute(SharedPass(llamas), tries)
     for trie, node, sequence in zip(tries, nodes, sequences):
         expected = trie.model(torch.tensor([sequence]))[:, -1]
         torch.testing.assert_close(trie.hidden_at([node]), expected, atol=1e-12, rtol=0)

@@ -10,18 +10,25 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, SMOLLM2, run_script, write_json, write_tokenizer
+from conftest import GOLDEN, ROOT, SMOLLM2, paper, run_script, write_json, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 import model
-from adapters import load_adapter, load_released_mrm, save_adapter
-from engine import check_prompt
+from plumbing.adapters import load_adapter, save_adapter
+from plumbing.released import load_released_mrm
+from plumbing.options import check_prompt
 from eval import Measures
-from files import BadInput, check_keys, field, printable, read_jsonl, read_lines
-from model import Llama, read_config
-from mrm import MRM, Bridge, Guard, add_lora, bridged, score
-from search import beam, best_of_n, rebase, saffron
-from tokenizer import Prompt, Template, Tokenizer, read_prompts
+from plumbing.errors import BadInput
+from plumbing.files import check_keys, read_field, read_jsonl, read_lines
+from plumbing.start import printable
+from model import Llama
+from plumbing.checkpoint import load_llama, read_config
+from mrm import MRM, Guard, add_lora, score
+from plumbing.guards import Bridge, guard_for
+from baselines import beam, best_of_n, rebase
+from search import saffron
+from plumbing.tokenizer import Prompt, Template, Tokenizer
+from plumbing.files import read_prompts
 from train_mrm import train                                     # noqa: F401: its import must not need a GPU
 from trie_cache import TrieCache
 
@@ -37,7 +44,7 @@ def test_logits_equal_those_of_transformers(name, monkeypatch):
     type), so here they are too; with exact ones, transformers 5.24 itself and this agree to 1e-6."""
     exact = model.rotary_frequencies
     monkeypatch.setattr(model, "rotary_frequencies", lambda config: exact(config).half().double())
-    golden, llama = load_file(GOLDEN / "logits_families.safetensors"), Llama.load(GOLDEN / name, torch.float64)
+    golden, llama = load_file(GOLDEN / "logits_families.safetensors"), load_llama(GOLDEN / name, torch.float64)
     tokens, expected = golden[f"{name}.tokens"], golden[f"{name}.logits"].double()
     logits = llama.logits(llama(tokens[None])[0, golden[f"{name}.positions"]])
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -48,14 +55,14 @@ def test_logits_equal_those_of_transformers(name, monkeypatch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lora_a_guard_and_a_search_on_each_family(name):
     """An MRM and a guard on it share the base's weights, biases and norms, in one pass with the policy too."""
-    policy = Llama.load(GOLDEN / name, torch.float64)
+    policy = load_llama(GOLDEN / name, torch.float64)
     policy.template = Template([1, 2], [3])
     torch.manual_seed(0)
     mrm = MRM(add_lora(policy, 2, 4, ["q_proj", "v_proj", "down_proj"]), Template([4], [5]))
     for p in mrm.parameters():
         if p.requires_grad and p.dim() and p is not mrm.llama.lm_head.weight:
             torch.nn.init.normal_(p, std=0.3)
-    result = saffron(policy, mrm, Prompt([6, 8], [9]), width=3, max_new_tokens=5, min_new_tokens=5)
+    result = saffron(policy, mrm, Prompt([6, 8], [9]), paper(width=3, max_new_tokens=5, min_new_tokens=5))
     for branch in result.trace[-1]:
         before = mrm.template([6, 8], [9]) + branch.tokens[:-1]
         reward = mrm.next_rewards(mrm.llama(torch.tensor([before]))[0, -1])[branch.tokens[-1]]
@@ -86,16 +93,16 @@ def test_a_sliding_window_ends_what_is_read(tmp_path):
 def test_a_key_that_changes_the_numbers_is_refused_by_name(tmp_path, changes):
     key, = changes
     with pytest.raises(BadInput) as error:
-        Llama.load(changed(GOLDEN / "tiny_guard", tmp_path, **changes))
+        load_llama(changed(GOLDEN / "tiny_guard", tmp_path, **changes))
     name = "rope type" if key == "rope_scaling" else key
     assert name in str(error.value) and "config.json" in str(error.value)
 
 
 def test_keys_that_change_nothing_pass(tmp_path):
-    expected = Llama.load(GOLDEN / "tiny_guard").fingerprint
+    expected = load_llama(GOLDEN / "tiny_guard").fingerprint
     for changes in ({"quantization_config": None}, {"torch_dtype": "bfloat16"}, {"use_cache": False}, {"pretraining_tp": 2},
                     {"attention_dropout": 0.1}, {"rope_interleaved": False}, {"transformers_version": "5.0"}):
-        assert Llama.load(changed(GOLDEN / "tiny_guard", tmp_path, **changes)).fingerprint == expected
+        assert load_llama(changed(GOLDEN / "tiny_guard", tmp_path, **changes)).fingerprint == expected
 
 
 def test_two_sources_that_disagree(tmp_path):
@@ -103,15 +110,15 @@ def test_two_sources_that_disagree(tmp_path):
     is not the embedding it should be is refused."""
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [7, 9], "temperature": 0.6})
     folder = changed(GOLDEN / "tiny_policy", tmp_path)
-    assert Llama.load(folder).config.eos_token_ids == (7, 9)
+    assert load_llama(folder).config.eos_token_ids == (7, 9)
     write_json(folder / "model.safetensors.index.json", {"weight_map": {"model.norm.weight": "old.safetensors"}})
     tensors = load_file(folder / "model.safetensors")
-    before = Llama.load(folder).fingerprint
+    before = load_llama(folder).fingerprint
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
-    assert Llama.load(folder).fingerprint == before
+    assert load_llama(folder).fingerprint == before
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
     with pytest.raises(BadInput, match="lm_head.weight.*is not the embedding"):
-        Llama.load(folder)
+        load_llama(folder)
 
 
 @pytest.mark.parametrize("entry", ["../model.safetensors", "/etc/passwd", "x.bin", 3])
@@ -120,7 +127,7 @@ def test_an_index_stays_in_its_folder(tmp_path, entry):
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     write_json(folder / "model.safetensors.index.json", {"weight_map": {"model.norm.weight": entry}})
     with pytest.raises(BadInput, match="index"):
-        Llama.load(folder)
+        load_llama(folder)
 
 
 def test_whole_numbers_are_no_weights(tmp_path):
@@ -128,7 +135,7 @@ def test_whole_numbers_are_no_weights(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"model.norm.weight": torch.ones(48, dtype=torch.int8)}, folder / "model.safetensors")
     with pytest.raises(BadInput, match="model.norm.weight.*int8"):
-        Llama.load(folder)
+        load_llama(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -137,7 +144,7 @@ def test_a_pointer_of_git_lfs_says_what_to_do(tmp_path, name):
     write_tokenizer(folder, {b: b + 10 for b in range(256)}, {"<s>": 0})
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(BadInput, match=f"{name}.*git lfs pull"):
-        Llama.load(folder)
+        load_llama(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ def test_numbers_that_are_none_are_refused_where_they_arise(tiny_guard, tiny_pol
     with pytest.raises(BadInput, match="not numbers"):
         score(guard, Prompt([5]), [[6]])
     with pytest.raises(BadInput, match="not numbers"):
-        best_of_n(tiny_policy, guard, Prompt([5, 6]), width=2, max_new_tokens=2, min_new_tokens=2)
+        best_of_n(tiny_policy, guard, Prompt([5, 6]), paper(width=2, max_new_tokens=2, min_new_tokens=2))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -335,7 +342,7 @@ def two(tmp_path_factory):
     raw["model"]["vocab"]["ab"] = 400
     raw["model"]["merges"] = ["a b"]
     write_json(other / "tokenizer.json", raw)
-    return Llama.load(policy, torch.float64), Llama.load(other, torch.float64)
+    return load_llama(policy, torch.float64), load_llama(other, torch.float64)
 
 
 def scalar_guard(llama, seed=0):
@@ -347,8 +354,8 @@ def scalar_guard(llama, seed=0):
 
 def test_a_bridge_reads_the_text(two):
     policy, other = two
-    bridge = bridged(policy, scalar_guard(other))
-    assert isinstance(bridge, Bridge) and bridged(policy, scalar_guard(policy)).llama is policy
+    bridge = guard_for(policy, scalar_guard(other))
+    assert isinstance(bridge, Bridge) and guard_for(policy, scalar_guard(policy)).llama is policy
     encode = policy.tokenizer.encode
     assert bridge.tokens(encode("xaby")) == other.tokenizer.encode("xaby") and 400 in bridge.tokens(encode("ab"))
     assert bridge.tokens(encode("é")[:1]) == []                             # half a character: not yet
@@ -376,7 +383,7 @@ def test_searches_through_a_bridge_and_directly_are_equal(two, search):
     logits = policy.logits
     policy.logits = lambda hidden: logits(hidden).index_fill(-1, torch.tensor([i for i in range(512) if not 42 <= i < 137]), -1e4)
     try:
-        direct, across = search(policy, guard, prompt, **options), search(policy, Bridge(policy, guard), prompt, **options)
+        direct, across = search(policy, guard, prompt, paper(**options)), search(policy, Bridge(policy, guard), prompt, paper(**options))
     finally:
         del policy.logits
     assert torch.equal(allowed, policy.lm_head.weight) and plain(across) == [
@@ -388,20 +395,20 @@ def test_searches_through_a_bridge_and_directly_are_equal(two, search):
 def test_a_search_through_a_bridge_is_counted_and_shares(two):
     """Its rewards are those of the whole text read anew, and far fewer tokens are computed than read."""
     policy, other = two
-    bridge, prompt = bridged(policy, scalar_guard(other)), policy.tokenizer.prompt("Hello ab", "ab")
-    result = beam(policy, bridge, prompt, width=2, max_new_tokens=8, min_new_tokens=8, top_p=0.3)
+    bridge, prompt = guard_for(policy, scalar_guard(other)), policy.tokenizer.prompt("Hello ab", "ab")
+    result = beam(policy, bridge, prompt, paper(width=2, max_new_tokens=8, min_new_tokens=8, top_p=0.3))
     for branch in result.trace[-1]:
         assert branch.reward == pytest.approx(score(bridge, prompt, [branch.tokens]).item(), abs=1e-9)
     assert result.stats.reward_flops > 0 and result.stats.tokens_cached > 5 * result.stats.tokens_computed
 
 
 def test_a_qwen_policy_with_a_guard_of_llamas_vocabulary(real, tmp_path):
-    policy = Llama.load(random_checkpoint("tiny_qwen3", real["qwen3"], tmp_path / "policy"), torch.float64)
-    guard = scalar_guard(Llama.load(random_checkpoint("tiny_guard", real["llama3"], tmp_path / "guard"), torch.float64))
+    policy = load_llama(random_checkpoint("tiny_qwen3", real["qwen3"], tmp_path / "policy"), torch.float64)
+    guard = scalar_guard(load_llama(random_checkpoint("tiny_guard", real["llama3"], tmp_path / "guard"), torch.float64))
     prompt = policy.tokenizer.prompt("Nenne drei Städte", "Gern: 日本")
-    result = rebase(policy, bridged(policy, guard), prompt, width=4, max_new_tokens=6, min_new_tokens=6, top_p=0.01)
+    result = rebase(policy, guard_for(policy, guard), prompt, paper(width=4, max_new_tokens=6, min_new_tokens=6, top_p=0.01))
     assert len(result.tokens) == 6 and result.reward == pytest.approx(
-        score(bridged(policy, guard), prompt, [result.tokens]).item(), abs=1e-9)
+        score(guard_for(policy, guard), prompt, [result.tokens]).item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("give, said", [
@@ -413,7 +420,7 @@ def test_a_guard_of_ones_own_may_give_a_list(tiny_policy, give, said):
     class Own:
         def score(self, prompt, replies):
             return give(len(replies))
-    search = lambda: best_of_n(tiny_policy, Own(), Prompt([5, 6]), width=2, max_new_tokens=2, min_new_tokens=2)
+    search = lambda: best_of_n(tiny_policy, Own(), Prompt([5, 6]), paper(width=2, max_new_tokens=2, min_new_tokens=2))
     if said is None:
         assert search().reward == 1.0
     else:
@@ -495,10 +502,10 @@ def test_an_environment_that_cannot_be_used(tmp_path, variable, value, said):
 
 
 def test_fields_and_keys():
-    assert field({"a": 1}, "a", float) == 1.0 and field({}, "a", default=5) == 5 and field({"a": None}, "a", default=5) == 5
+    assert read_field({"a": 1}, "a", float) == 1.0 and read_field({}, "a", default=5) == 5 and read_field({"a": None}, "a", default=5) == 5
     for raw in ({"a": True}, {"a": "1"}, {"a": 1.5}, {"a": 11}, {}, {"a": None}):
         with pytest.raises(BadInput, match="a"):
-            field(raw, "a", int, 0, 10)
+            read_field(raw, "a", int, 0, 10)
     check_keys({"a": 1, "b": None, "c": [], "d": False}, {"a": [1, 2]})
     for raw in ({"a": 3}, {"z": 1}, {"z": "x"}):
         with pytest.raises(BadInput):

@@ -11,10 +11,13 @@ import torch
 
 import page
 from browser import browser                     # noqa: F401: a fixture
-from conftest import ROOT, run_script
-from tokenizer import Prompt
-from engine import Branch, Result, Round, Stats
-from search import none, saffron
+from conftest import ROOT, paper, run_script
+from plumbing.tokenizer import Prompt
+from search import Branch
+from engine import Result, Stats
+from plumbing.page import Round
+from baselines import no_defence
+from search import saffron
 
 HOSTILE = '</style><script>document.title = "taken"</script><img src="http://127.0.0.1/x" onerror="taken()">&amp;\\u003c'
 
@@ -29,7 +32,7 @@ def searched(smollm2, mrm):
     """(name, Result) of two searches on one prompt, and the prompt."""
     prompt = smollm2.tokenizer.prompt("How do I open a lock?", "Sure")
     options = dict(max_new_tokens=10, min_new_tokens=4)
-    return prompt, [("none", none(smollm2, None, prompt, **options)), ("saffron", saffron(smollm2, mrm, prompt, width=4, **options))]
+    return prompt, [("none", no_defence(smollm2, None, prompt, paper(**options))), ("saffron", saffron(smollm2, mrm, prompt, paper(width=4, **options)))]
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +233,7 @@ def test_a_page_of_width_16_and_128_tokens_is_small(tiny_policy, tiny_mrm, smoll
     policy = copy.copy(tiny_policy)
     policy.tokenizer = smollm2.tokenizer                # the tiny models have none: their ids are read as its first 512
     prompt = Prompt([1, 2, 3])
-    result = saffron(policy, tiny_mrm, prompt, width=16, max_new_tokens=128, min_new_tokens=128)
+    result = saffron(policy, tiny_mrm, prompt, paper(width=16, max_new_tokens=128, min_new_tokens=128))
     tree = page.tree(result, prompt, policy, tiny_mrm)
     assert len(tree["parent"]) > 1500
     path = tmp_path / "tree.html"

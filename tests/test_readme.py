@@ -15,10 +15,10 @@ from unittest import mock
 
 import assign
 import pytest
-from conftest import ROOT
+from conftest import ROOT, paper
 
-from search import SEARCHES
-from tokenizer import Prompt
+from baselines import SEARCHES
+from plumbing.tokenizer import Prompt
 
 README = "README.md"
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
@@ -295,7 +295,7 @@ def test_the_example_of_a_search_works_as_written(smollm2_folder, tmp_path):
 
 def test_the_examples_in_python_work(smollm2_folder, monkeypatch, capsys, tmp_path):
     """The search from Python, and then the guard of one's own, as docs/fork.md has them; with shorter replies."""
-    from search import rebase
+    from baselines import rebase
     monkeypatch.chdir(ROOT)
     shorter = lambda text: re.sub(r"width=4", "width=2, max_new_tokens=3", text)
     names = {"rebase": rebase, "Path": Path}

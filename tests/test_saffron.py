@@ -8,15 +8,16 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, paper, run_script
 
 import saffron as one_page
-from engine import Branch
-from files import BadInput
+from search import Branch
+from plumbing.errors import BadInput
 from model import Llama, LlamaConfig
 from mrm import MRM
-from search import best, candidates, none, nucleus, saffron
-from tokenizer import Prompt, Template
+from search import best, candidates, nucleus, saffron
+from baselines import no_defence
+from plumbing.tokenizer import Prompt, Template
 from trie_cache import TrieCache
 
 
@@ -26,7 +27,7 @@ def test_saffron_walks_through_the_golden_frontiers(tiny_policy, tiny_mrm, golde
     """Frontiers after every step, as far as the order of the authors' code is specified, and the reply."""
     case = golden_search["cases"][case]
     options = {key: case[key] for key in ("width", "top_p", "min_new_tokens", "max_new_tokens")}
-    result = saffron(tiny_policy, tiny_mrm, Prompt(case["prompt"]), **options)
+    result = saffron(tiny_policy, tiny_mrm, Prompt(case["prompt"]), paper(**options))
     for t in range(1, case["compare_steps"] + 1):
         ours, theirs = [b.tokens for b in result.trace[t - 1]], case["frontiers"][t]
         wrong, missing = [s for s in ours if s not in theirs], [s for s in theirs if s not in ours]
@@ -67,7 +68,7 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt, beta):
     """Without cache, with prefills shown and hidden, over steps in which nothing can finish."""
-    result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=5, min_new_tokens=5, top_p=0.6, beta=beta)
+    result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=3, max_new_tokens=5, min_new_tokens=5, top_p=0.6, beta=beta))
     frontier = [([], None, 0.0)]
     for got in result.trace:
         frontier = plain_saffron_step(tiny_policy, tiny_mrm, prompt, frontier, 3, 0.6, True, beta)
@@ -88,7 +89,7 @@ def plain_log_prob(policy, prompt, tokens):
 def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_mrm):
     """log π of all its tokens, by the policy without cache; with a large beta it decides alone."""
     prompt, options = Prompt([1, 2, 3]), dict(max_new_tokens=5, min_new_tokens=5, top_p=0.9)
-    result = saffron(tiny_policy, tiny_mrm, prompt, width=4, beta=0.5, **options)
+    result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=4, beta=0.5, **options))
     for branch in result.trace[-1]:
         assert branch.log_prob == pytest.approx(plain_log_prob(tiny_policy, prompt, branch.tokens), abs=1e-9)
     for frontier in result.trace:
@@ -96,15 +97,15 @@ def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_
         assert scores == sorted(scores, reverse=True)
     assert any([b.reward for b in f] != sorted((b.reward for b in f), reverse=True) for f in result.trace), "beta changes no order"
     anything = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)                   # of which no token is unseen
-    assert saffron(tiny_policy, anything, prompt, width=1, beta=100.0, **options).tokens == none(
-        tiny_policy, None, prompt, **options).tokens
+    assert saffron(tiny_policy, anything, prompt, paper(width=1, beta=100.0, **options)).tokens == no_defence(
+        tiny_policy, None, prompt, paper(**options)).tokens
 
 
 @pytest.mark.exercise(7, points=1)
 def test_a_branch_tells_the_reward_without_beta(tiny_policy, tiny_mrm):
     """M(s)_a, computed without cache; and log π(s·a) at temperature 1, whatever the temperature of the nucleus."""
     prompt = Prompt([1, 2, 3])
-    result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=4, min_new_tokens=4, beta=0.5, temperature=0.5)
+    result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=3, max_new_tokens=4, min_new_tokens=4, beta=0.5, temperature=0.5))
     for branch in result.trace[-1]:
         *before, last = branch.tokens
         rewards = tiny_mrm.next_rewards(tiny_mrm.llama(torch.tensor([prompt.reward_tokens(tiny_mrm.template) + before]))[0, -1])
@@ -120,7 +121,7 @@ def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tin
     same = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
     same.gain.data.zero_()
     prompt = Prompt([4, 5])
-    first, second = saffron(tiny_policy, same, prompt, width=5, max_new_tokens=2, top_p=0.99).trace
+    first, second = saffron(tiny_policy, same, prompt, paper(width=5, max_new_tokens=2, top_p=0.99)).trace
 
     def favourites(reply):
         hidden = tiny_policy(torch.tensor([prompt.policy_tokens(tiny_policy.template) + reply]))[0, -1]
@@ -132,7 +133,7 @@ def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tin
 @pytest.mark.exercise(7, points=1)
 def test_policy_and_mrm_are_asked_together(tiny_policy, tiny_mrm):
     """One `yield` a step, so that both can be read in one forward pass; each of them once for each unfinished sequence."""
-    result = saffron(tiny_policy, tiny_mrm, Prompt([1, 2, 3]), width=3, max_new_tokens=6, min_new_tokens=6)
+    result = saffron(tiny_policy, tiny_mrm, Prompt([1, 2, 3]), paper(width=3, max_new_tokens=6, min_new_tokens=6))
     assert len(result.rounds) == len(result.trace) == 6
     assert result.stats.policy_calls == result.stats.reward_calls == 1 + 5 * 3
 
@@ -145,7 +146,7 @@ def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
     few.unseen[[7, *range(20, 40)]] = False
     grams = lambda tokens: [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
     for beta, looping in ((0.0, True), (0.05, False)):
-        result = saffron(tiny_policy, few, Prompt([1, 2, 3]), width=2, max_new_tokens=40, min_new_tokens=40, top_p=1.0, beta=beta)
+        result = saffron(tiny_policy, few, Prompt([1, 2, 3]), paper(width=2, max_new_tokens=40, min_new_tokens=40, top_p=1.0, beta=beta))
         twice = {gram for branch in result.trace[-1] for gram, n in Counter(grams(branch.tokens)).items() if n > 1}
         assert bool(twice) == looping, f"with beta {beta}, these come twice: {sorted(twice)}"
 
@@ -185,7 +186,7 @@ def test_when_nothing_new_is_left_saffron_repeats_itself(tiny_policy, tiny_mrm):
     one = copy.deepcopy(tiny_mrm)
     one.unseen[:] = True
     one.unseen[20] = False
-    assert saffron(tiny_policy, one, Prompt([1]), width=2, max_new_tokens=9, min_new_tokens=9, beta=0.05).tokens == [20] * 9
+    assert saffron(tiny_policy, one, Prompt([1]), paper(width=2, max_new_tokens=9, min_new_tokens=9, beta=0.05)).tokens == [20] * 9
 
 
 @pytest.mark.exercise(7, points=1)
@@ -194,7 +195,7 @@ def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, t
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
     mrm.unseen[:] = True
     mrm.unseen[[7, 20, 300]] = False
-    result = saffron(tiny_policy, mrm, Prompt([1, 2]), width=4, max_new_tokens=8, min_new_tokens=8, top_p=0.05)
+    result = saffron(tiny_policy, mrm, Prompt([1, 2]), paper(width=4, max_new_tokens=8, min_new_tokens=8, top_p=0.05))
     assert len(result.tokens) == 8 and set(result.tokens) <= {20, 300}
     assert all(set(b.tokens) <= {20, 300} and b.reward > -math.inf for frontier in result.trace for b in frontier)
 
@@ -283,7 +284,7 @@ def test_finished_replies_stay_first_and_the_best_wins(tiny_policy, tiny_mrm):
     """With min_new_tokens = 0 and a wide nucleus, many branches end; the frontier keeps them, best first."""
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
     mrm.bias.data[7] = 5.0                                                          # end-of-sequence looks safe
-    result = saffron(tiny_policy, mrm, Prompt([3, 1, 4]), width=4, max_new_tokens=12, min_new_tokens=2, top_p=1.0)
+    result = saffron(tiny_policy, mrm, Prompt([3, 1, 4]), paper(width=4, max_new_tokens=12, min_new_tokens=2, top_p=1.0))
     ended = 0
     for frontier in result.trace:
         flags = [b.finished for b in frontier]
@@ -328,8 +329,8 @@ def test_one_page_finds_the_frontiers_of_the_search(width):
         policy, mrm = random_models(seed)
         top_p, least = (0.3, 0.6, 0.8, 0.95, 0.02)[seed % 5], seed % 4
         prompt = Prompt([7, 8, 9 + seed], [10] * (seed % 3), bool(seed % 2))
-        result = saffron(policy, mrm, prompt, width=width, max_new_tokens=8, min_new_tokens=least, top_p=top_p)
-        frontiers = one_page.saffron(policy, mrm, prompt, width, 8, least, top_p)
+        result = saffron(policy, mrm, prompt, paper(width=width, max_new_tokens=8, min_new_tokens=least, top_p=top_p))
+        frontiers = one_page.saffron_frontiers(policy, mrm, prompt, width, 8, least, top_p)
         assert [[(s.tokens, s.finished) for s in frontier] for frontier in frontiers] == frontiers_of(result), seed
         for frontier, branches in zip(frontiers, result.trace):
             assert [s.reward for s in frontier] == pytest.approx([b.reward for b in branches], abs=1e-9)
@@ -340,26 +341,26 @@ def test_one_page_finds_the_frontiers_of_the_search(width):
 def test_one_page_is_the_search_on_the_golden_models(tiny_policy, tiny_mrm, golden_search):
     for case in golden_search["cases"][:6]:
         options = {key: case[key] for key in ("width", "top_p", "min_new_tokens", "max_new_tokens")}
-        frontiers = one_page.saffron(tiny_policy, tiny_mrm, Prompt(case["prompt"]), **options)
-        result = saffron(tiny_policy, tiny_mrm, Prompt(case["prompt"]), **options)
+        frontiers = one_page.saffron_frontiers(tiny_policy, tiny_mrm, Prompt(case["prompt"]), **options)
+        result = saffron(tiny_policy, tiny_mrm, Prompt(case["prompt"]), paper(**options))
         assert [[(s.tokens, s.finished) for s in frontier] for frontier in frontiers] == frontiers_of(result)
 
 
 def test_one_page_takes_a_trie_for_its_reader(tiny_policy, tiny_mrm):
     """`trie(sequences)` has the shape of `states`: the same frontiers, and no token is computed twice."""
     tries, prompt = (TrieCache(tiny_policy), TrieCache(tiny_mrm.llama)), Prompt([5, 6, 7], [8])
-    with_tries = one_page.saffron(tiny_policy, tiny_mrm, prompt, 3, 6, 6, read=tries)
-    without = one_page.saffron(tiny_policy, tiny_mrm, prompt, 3, 6, 6)
+    with_tries = one_page.saffron_frontiers(tiny_policy, tiny_mrm, prompt, 3, 6, 6, read=tries)
+    without = one_page.saffron_frontiers(tiny_policy, tiny_mrm, prompt, 3, 6, 6)
     assert [[s.tokens for s in f] for f in with_tries] == [[s.tokens for s in f] for f in without]
-    result = saffron(tiny_policy, tiny_mrm, prompt, width=3, max_new_tokens=6, min_new_tokens=6)
+    result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=3, max_new_tokens=6, min_new_tokens=6))
     assert sum(trie.computed for trie in tries) == result.stats.tokens_computed
 
 
 def test_one_page_on_the_default_weights(smollm2, mrm):
     """In float32, a few steps of the built-in example."""
     prompt = smollm2.tokenizer.prompt(one_page.PROMPT, one_page.PREFILL)
-    frontiers = one_page.saffron(smollm2, mrm, prompt, 4, 5, 5)
-    result = saffron(smollm2, mrm, prompt, width=4, max_new_tokens=5, min_new_tokens=5)
+    frontiers = one_page.saffron_frontiers(smollm2, mrm, prompt, 4, 5, 5)
+    result = saffron(smollm2, mrm, prompt, paper(width=4, max_new_tokens=5, min_new_tokens=5))
     assert [[(s.tokens, s.finished) for s in frontier] for frontier in frontiers] == frontiers_of(result)
 
 

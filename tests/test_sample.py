@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, SMOLLM2, run_script
 
-from search import SEARCHES
+from baselines import SEARCHES
 
 QUICK = ["--max_new_tokens", 6, "--min_new_tokens", 3, "--width", 2]
 

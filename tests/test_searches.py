@@ -6,21 +6,22 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import reward_model_of
+from conftest import paper, reward_model_of
 
-from files import BadInput
-from tokenizer import Prompt, Template
+from plumbing.errors import BadInput
+from plumbing.tokenizer import Prompt, Template
 from mrm import Guard
 from engine import Reader
-from search import (DEAL_LAMBDA, DEAL_LOOK_AHEAD, MCTS_EXPLORATION, SEARCHES, best_of_n, none, nucleus, shares)
+from baselines import DEAL_LAMBDA, DEAL_LOOK_AHEAD, MCTS_EXPLORATION, SEARCHES, best_of_n, no_defence, shares
+from search import nucleus
 from trie_cache import TrieCache
 
 
 @pytest.mark.parametrize("method", SEARCHES)
 def test_same_seed_same_reply_and_no_early_end(method, tiny_policy, tiny_mrm, tiny_scalar_guard):
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
-    run = lambda seed: SEARCHES[method][0](tiny_policy, reward_model, Prompt([5, 6, 7]), width=4, max_new_tokens=20,
-                                        min_new_tokens=10, top_p=0.9, temperature=1.0, seed=seed)
+    run = lambda seed: SEARCHES[method][0](tiny_policy, reward_model, Prompt([5, 6, 7]), paper(width=4, max_new_tokens=20,
+                                        min_new_tokens=10, top_p=0.9, temperature=1.0, seed=seed))
     first, again, other = run(1), run(1), run(2)
     assert (first.tokens, first.reward) == (again.tokens, again.reward)
     assert (first.tokens == other.tokens) == (method in ("beam", "deal", "mcts", "saffron", "saffron_guard"))
@@ -29,7 +30,7 @@ def test_same_seed_same_reply_and_no_early_end(method, tiny_policy, tiny_mrm, ti
 
 
 def test_greedy_takes_the_most_likely_token(tiny_policy):
-    result = none(tiny_policy, None, Prompt([5, 6, 7]), max_new_tokens=10, min_new_tokens=0)
+    result = no_defence(tiny_policy, None, Prompt([5, 6, 7]), paper(max_new_tokens=10, min_new_tokens=0))
     tokens = tiny_policy.template([5, 6, 7])
     for token in result.tokens:
         assert token == tiny_policy.logits(tiny_policy(torch.tensor([tokens]))[0, -1]).argmax().item()
@@ -38,7 +39,7 @@ def test_greedy_takes_the_most_likely_token(tiny_policy):
 
 def test_sampling_follows_the_policy(tiny_policy, tiny_scalar_guard):
     """First tokens of 2,000 samples against the nucleus' probabilities."""
-    result = best_of_n(tiny_policy, tiny_scalar_guard, Prompt([1]), width=2000, max_new_tokens=1, top_p=0.5)
+    result = best_of_n(tiny_policy, tiny_scalar_guard, Prompt([1]), paper(width=2000, max_new_tokens=1, top_p=0.5))
     logits = tiny_policy.logits(TrieCache(tiny_policy)([tiny_policy.template([1])]))[0]
     logits[7] = -math.inf                                                           # min_new_tokens
     p = logits.softmax(-1)
@@ -51,7 +52,7 @@ def test_sampling_follows_the_policy(tiny_policy, tiny_scalar_guard):
 
 def test_best_of_n_returns_the_reply_the_guard_likes_best(tiny_policy, tiny_scalar_guard):
     prompt = Prompt([5, 6, 7], [8])
-    result = best_of_n(tiny_policy, tiny_scalar_guard, prompt, width=6, max_new_tokens=12, min_new_tokens=3)
+    result = best_of_n(tiny_policy, tiny_scalar_guard, prompt, paper(width=6, max_new_tokens=12, min_new_tokens=3))
     context = prompt.reward_tokens(tiny_scalar_guard.template)
     for branch in result.trace[-1]:                                                 # scored by one uncached pass each
         hidden = tiny_scalar_guard.llama(torch.tensor([context + branch.tokens]))[0, -1]
@@ -69,7 +70,7 @@ def test_best_of_n_returns_the_reply_the_guard_likes_best(tiny_policy, tiny_scal
 def test_bad_values_are_refused(method, options, said, tiny_policy, tiny_mrm, tiny_scalar_guard):
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
     with pytest.raises(BadInput, match=said):
-        SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2, 3, 4, 5]), **options)
+        SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2, 3, 4, 5]), paper(**options))
 
 
 @pytest.mark.parametrize("method", SEARCHES)
@@ -97,7 +98,7 @@ def test_more_width_finds_higher_rewards(method, tiny_policy, tiny_scalar_guard)
     """Not for each prompt, but over many: a search with a budget does better than greedy decoding."""
     prompts = [Prompt([i, i + 1]) for i in range(30, 60)]
     mean = lambda width: sum(tiny_scalar_guard.score(prompt, [r.tokens]).item() for prompt, r in zip(prompts, SEARCHES[method][0](
-        tiny_policy, tiny_scalar_guard, prompts, width=width, max_new_tokens=6, min_new_tokens=6))) / 30
+        tiny_policy, tiny_scalar_guard, prompts, paper(width=width, max_new_tokens=6, min_new_tokens=6)))) / 30
     assert mean(12) > mean(1) + 1
 
 
@@ -141,8 +142,8 @@ def plain(tiny_policy, tiny_scalar_guard, monkeypatch):
 
 
 def found(method, plain, width, top_p=0.7, length=7, seed=0):
-    return SEARCHES[method][0](plain.policy, plain.guard, Prompt([5, 6, 7], [8]), width=width, max_new_tokens=length,
-                               min_new_tokens=plain.least, top_p=top_p, seed=seed)
+    return SEARCHES[method][0](plain.policy, plain.guard, Prompt([5, 6, 7], [8]), paper(width=width, max_new_tokens=length,
+                               min_new_tokens=plain.least, top_p=top_p, seed=seed))
 
 
 @pytest.mark.parametrize("width, top_p", [(1, 0.7), (3, 0.7), (5, 0.1)])
@@ -299,7 +300,7 @@ def test_every_search_computes_each_prefix_once(method, plain, tiny_mrm, monkeyp
     ask = Reader.ask
     monkeypatch.setattr(Reader, "ask", lambda self, branches, keep=(): asked.setdefault(self, []).extend(
         self.context + b.tokens for b in branches) or ask(self, branches, keep))
-    result = SEARCHES[method][0](plain.policy, reward_model, Prompt([5, 6, 7]), width=4, max_new_tokens=8, min_new_tokens=2)
+    result = SEARCHES[method][0](plain.policy, reward_model, Prompt([5, 6, 7]), paper(width=4, max_new_tokens=8, min_new_tokens=2))
     distinct = {reader: {tuple(s[:i + 1]) for s in sequences for i in range(len(s))} for reader, sequences in asked.items()}
     assert result.stats.tokens_computed == sum(map(len, distinct.values()))
     assert result.stats.tokens_cached == sum(len(s) for sequences in asked.values() for s in sequences) - sum(

@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, run_script, spelled, torchrun, write_tokenizer
+from plumbing.checkpoint import load_llama
 from safetensors.torch import load_file, save_file
 
 import train_mrm
-from files import BadInput
-from tokenizer import Template
+from plumbing.errors import BadInput
+from plumbing.tokenizer import Template
 from model import Llama
-from adapters import read_metadata
+from plumbing.adapters import read_metadata
 from data.corpus import Example, read_labels, read_rewards
 from mrm import sibling_loss
-from train_mrm import auc, batches, collate, compare_siblings, guard_loss, mrm_loss, predictions, weigh
+from plumbing.validate import auc, compare_siblings, predictions
+from train_mrm import batches, guard_loss, mrm_loss
+from data.corpus import collate
+from plumbing.weights import weigh
 
 SHARD = "corpus-00-of-01.safetensors"
 
@@ -56,8 +60,8 @@ def rewards(tmp_path_factory, base):
     tensors = {"sources": torch.zeros(40, dtype=torch.uint8), "held_out": torch.arange(40) % 5 == 0,
                "prompts": torch.full((40,), 50, dtype=torch.int32), "prompt_lengths": torch.ones(40, dtype=torch.long),
                "replies": replies, "reply_lengths": lengths, "rewards": (replies < 30).float() * 2 - 1}
-    vocabulary = Llama.load(base).tokenizer.fingerprint
-    template = Llama.load(base).tokenizer.template("reward")
+    vocabulary = load_llama(base).tokenizer.fingerprint
+    template = load_llama(base).tokenizer.template("reward")
     metadata = {"vocabulary": vocabulary, "source_names": ["made"], "template": [template.prefix, template.infix]}
     metadata |= {"shards": 1, "run": {"seed": 0}}
     save_file(tensors, folder / SHARD, metadata={k: json.dumps(v) for k, v in metadata.items()})
@@ -169,7 +173,7 @@ def test_a_corpus_of_another_vocabulary_is_refused(rewards, smollm2_folder, tmp_
 
 
 def test_shards_are_read_as_one_corpus_or_not_at_all(rewards, base, tmp_path):
-    llama, names = Llama.load(base), ["corpus-00-of-02.safetensors", "corpus-01-of-02.safetensors"]
+    llama, names = load_llama(base), ["corpus-00-of-02.safetensors", "corpus-01-of-02.safetensors"]
     for name in names:
         copy_shard(rewards / SHARD, tmp_path / name, shards=2)
     once, twice = read_rewards(rewards, llama), read_rewards(tmp_path, llama)
@@ -234,13 +238,13 @@ def test_a_malformed_label_is_named_by_its_line(labels, base, tmp_path):
     text[4] = '{"source": "a", "prompt": "p"}'
     (tmp_path / "train.jsonl").write_text("\n".join(text))
     with pytest.raises(BadInput, match="line 5.*response"):
-        read_labels(tmp_path / "train.jsonl", Llama.load(base), 8, 8)
+        read_labels(tmp_path / "train.jsonl", load_llama(base), 8, 8)
     status, _, error = run_script("train_mrm.py", *options("guard", tmp_path, base, tmp_path / "g.safetensors"))
     assert status == 2 and error.count("\n") == 1 and "line 5" in error
 
 
 def test_labels_become_tokens(labels, base):
-    llama = Llama.load(base)
+    llama = load_llama(base)
     example = read_labels(labels / "train.jsonl", llama, 3, 8)[0]
     assert spelled(llama.tokenizer, example.context).startswith("<s>\n\nUser:p")
     assert len(example.reply) <= 8 and example.targets == [1.0] * len(example.reply)
@@ -250,7 +254,7 @@ def test_labels_become_tokens(labels, base):
 def test_long_texts_are_cut(base, tmp_path):
     row = {"source": "a", "prompt": "abcdef", "response": "uvwxyz", "unsafe": 0}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
-    llama = Llama.load(base)
+    llama = load_llama(base)
     example, = read_labels(tmp_path / "train.jsonl", llama, 3, 4)
     text = lambda tokens: spelled(llama.tokenizer, tokens)
     assert text(example.context) == "<s>\n\nUser:def\n\nAgent:" and text(example.reply) == "uvwx"
@@ -259,7 +263,7 @@ def test_long_texts_are_cut(base, tmp_path):
 def test_a_prefill_is_unsafe_whatever_follows(base, tmp_path):
     row = {"source": "a", "prompt": "p", "prefill": "uvw", "response": "xyz", "unsafe": 0}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
-    llama = Llama.load(base)
+    llama = load_llama(base)
     whole, = read_labels(tmp_path / "train.jsonl", llama, 3, 99)
     assert spelled(llama.tokenizer, whole.reply) == "uvwxyz<e>" and whole.targets == [1.0] * 3 + [0.0] * 4
     cut, = read_labels(tmp_path / "train.jsonl", llama, 3, 5)

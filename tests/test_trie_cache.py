@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from files import BadInput
+from plumbing.errors import BadInput
 from trie_cache import TrieCache
 
 

@@ -12,8 +12,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import BadInput, Parser, check_output, run       # noqa: E402
-from data.download import ROWS_SERVICE, hub_rows, write_jsonl   # noqa: E402
+from plumbing.start import run  # noqa: E402
+
+from data.download import ROWS_SERVICE, hub_rows, write_jsonl  # noqa: E402
+from plumbing.errors import BadInput  # noqa: E402
+from plumbing.files import check_output  # noqa: E402
+from plumbing.parser import Parser  # noqa: E402
 
 DATASET, CONFIG, SPLIT, SUBSETS = "allenai/reward-bench", "default", "filtered", "refusals-"
 

@@ -13,8 +13,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import BadInput, Parser, check_output, reading, run  # noqa: E402
-from data.download import hub_file, write_jsonl             # noqa: E402
+from plumbing.start import run  # noqa: E402
+
+from data.download import hub_file, write_jsonl  # noqa: E402
+from plumbing.errors import BadInput  # noqa: E402
+from plumbing.files import check_output, reading  # noqa: E402
+from plumbing.parser import Parser  # noqa: E402
 
 REPOSITORY = "datasets/Unispac/shallow-vs-deep-safety-alignment-dataset"
 FILE = "data/safety_bench/Harmful-HEx-PHI.jsonl"

@@ -20,10 +20,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import BadInput, Parser, read_json, read_text, run, write_file   # noqa: E402
-from data.download import NotThere, hub_file                # noqa: E402
-from model import checkpoint_files, read_config             # noqa: E402
-from tokenizer import Tokenizer                             # noqa: E402
+from plumbing.start import run  # noqa: E402
+
+from data.download import NotThere, hub_file  # noqa: E402
+from plumbing.checkpoint import read_config  # noqa: E402
+from plumbing.errors import BadInput  # noqa: E402
+from plumbing.files import read_json, read_text, reading, write_file  # noqa: E402
+from plumbing.parser import Parser  # noqa: E402
+from plumbing.tokenizer import Tokenizer  # noqa: E402
 
 
 def turn(role):
@@ -71,6 +75,19 @@ def copy_file(source, path):
     return path
 
 
+def weight_files(folder):
+    """The names of a repository's safetensors files, by its index; without one, the single file's."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    raw = read_json(index)
+    with reading(index, "an index with a weight_map from tensor names to file names"):
+        names = sorted(set(raw["weight_map"].values()))
+        if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+            raise BadInput("the weight_map may name only safetensors files in the same folder")
+    return names
+
+
 def prepare(get, repository, out):
     """Put a checkpoint into the folder `out`. get(name, path): bring the repository's file of that name. The small
     files are fetched and read first, so that what cannot be used is refused before the weights are fetched.
@@ -94,8 +111,8 @@ def prepare(get, repository, out):
     size = read_config(out, download / "config.json").vocab_size
     if Tokenizer(out).size > size:
         raise BadInput(f"{repository}: its tokenizer has more tokens than vocab_size = {size}")
-    for path in checkpoint_files(out):
-        get(path.name, path)
+    for name in weight_files(out):
+        get(name, out / name)
     write_file(out / "config.json", json.dumps(config | {"_name_or_path": repository}, indent=1) + "\n")
 
 
@@ -112,8 +129,12 @@ def main():
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: expected a folder, but this is a file")
     (out / "download").mkdir(parents=True, exist_ok=True)
-    get = lambda name, path: (copy_file(args.local / name, path) if args.local else
-                              hub_file(args.repo, name, path, args.revision))
+
+    def get(name, path):
+        if args.local:
+            return copy_file(args.local / name, path)
+        return hub_file(args.repo, name, path, args.revision)
+
     prepare(get, args.repo + (f"@{args.revision}" if args.revision != "main" else ""), out)
     print(f"{out} is ready")
 

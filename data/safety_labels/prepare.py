@@ -16,13 +16,17 @@ import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import Parser, check_output, read_lines, reading, run        # noqa: E402
-from data.download import fetch, write_jsonl                # noqa: E402
+from plumbing.start import run  # noqa: E402
+
+from data.download import fetch, write_jsonl  # noqa: E402
+from plumbing.files import check_output, read_lines, reading  # noqa: E402
+from plumbing.parser import Parser  # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com"
 JAILBREAKBENCH = (
@@ -248,7 +252,7 @@ def main():
     args = parser.parse_args()
     (args.out / "judge").mkdir(parents=True, exist_ok=True)
     check_output(args.out / "attack.jsonl")
-    read = lambda name: read_source(name, args.local)
+    read = partial(read_source, local=args.local)
     jbb_train, jbb_val, held_out_goals = jailbreakbench(read)
     xs_train, xs_val, refusals, prompts = xstest(read)
     requests = advbench(read, held_out_goals)

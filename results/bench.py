@@ -1,10 +1,10 @@
 """
 How fast the search is, and how near it comes to what this machine's memory allows.
 
-    python bench.py                     widths 1, 4, 16, 64 with 32 new tokens, on the default models
-    python bench.py --length            seconds and memory against the length of the reply, width 4
-    python bench.py --prompts 8         eight prompts side by side against one after another, width 4
-    python bench.py --busy              a search alone, beside a busy process, beside another search, width 4
+    python results/bench.py                     widths 1, 4, 16, 64 with 32 new tokens, on the default models
+    python results/bench.py --length            seconds and memory against the length of the reply, width 4
+    python results/bench.py --prompts 8         eight prompts side by side against one after another, width 4
+    python results/bench.py --busy              a search alone, beside a busy process, beside another search, width 4
 
 "copies" is the page saffron.py with keys and values as they are commonly kept: the policy's forward pass,
 then the MRM's, each with a batch in which every sequence has a copy of its own, and all of M(s). "KV MB" is
@@ -13,28 +13,38 @@ weights at each step: the bytes of both / the bandwidth, measured at the start /
 Weights that both share count twice, so that sharing shows as a gain.
 """
 
-import functools
-import json
-import platform
-import subprocess
 import sys
-import time
-from argparse import ArgumentTypeError
-from importlib.util import find_spec
 from pathlib import Path
 
-from files import BadInput, Parser, check_output, number, run, write_file
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the modules are at top level, one folder up
 
-import torch
-import torch.nn.functional as F
+from plumbing.start import run  # noqa: E402
 
-from mrm import MRM, Guard
-from saffron import PROMPT, saffron
-from sample import add_model_options, load_models
-from search import SEARCHES
+import functools  # noqa: E402
+import json  # noqa: E402
+import platform  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+from argparse import ArgumentTypeError  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
 
-WIDTHS, LENGTHS, PROMPT_LENGTHS = [1, 4, 16, 64], [32, 64, 128, 256, 512], [32, 128, 512, 2048]
-WIDTH, LENGTH = 4, 32                       # where the other one is swept
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from baselines import SEARCHES  # noqa: E402
+from engine import Options  # noqa: E402
+from plumbing.errors import BadInput  # noqa: E402
+from plumbing.files import check_output, write_file  # noqa: E402
+from plumbing.options import add_model_options, load_models  # noqa: E402
+from plumbing.parser import Parser, number  # noqa: E402
+from results.draw import seconds_a_step  # noqa: E402
+from saffron import PROMPT, saffron_frontiers  # noqa: E402
+
+WIDTHS = [1, 4, 16, 64]
+LENGTHS = [32, 64, 128, 256, 512]           # of replies
+PROMPT_LENGTHS = [32, 128, 512, 2048]
+WIDTH = 4                                   # where the length is swept
+LENGTH = 32                                 # where the width is swept
 FORMATS = {"seconds": ".2f", "copies": ".2f", "ratio": ".2f", "ms/step": ".0f", "KV MB": ".1f",
            "copies MB": ".1f", "of limit": ".2f"}
 
@@ -44,7 +54,10 @@ class CopyCache:
     a copy of its keys and values."""
 
     def __init__(self, model):
-        self.model, self.rows, self.layers, self.peak_bytes = model, {(): 0}, {}, 0
+        self.model = model
+        self.rows = {(): 0}                                 # of each sequence of the last call: its row
+        self.layers = {}                                    # of each layer: keys and values
+        self.peak_bytes = 0
 
     def __call__(self, sequences):
         """As saffron.states: n token lists -> (n, d)."""
@@ -62,14 +75,16 @@ class CopyCache:
         if layer in self.layers:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
         self.layers[layer] = k, v                           # (n, kv_heads, S, head_dim) each
-        new, all_ = q.shape[2], k.shape[2]
-        mask = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
+        new = q.shape[2]
+        known = k.shape[2] - new
+        mask = torch.ones(new, known + new, dtype=torch.bool, device=q.device).tril(known)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 def bandwidth(device):
     """Bytes a second at which this machine reads memory: the best of ten sums over 512 MB."""
-    x, best = torch.ones(2 ** 27, device=device), 0.0
+    x = torch.ones(2 ** 27, device=device)
+    best = 0.0
     for _ in range(10):
         started = time.perf_counter()
         x.sum().item()
@@ -94,15 +109,23 @@ def prompt_of(policy, length=None):
     return prompt
 
 
+def reply_of(length, width=WIDTH):
+    """The Options of a reply of exactly this length."""
+    return Options(width=width, max_new_tokens=length, min_new_tokens=length, beta=0.0)
+
+
 def timed_row(search, policy, reward_model, limit, width, new, length=None):
     """A row of the table: one search and, of saffron, the copies on the same prompt. No reply ends early.
     limit: seconds that a step takes at least."""
-    prompt, copies, copies_bytes = prompt_of(policy, length), None, None
-    stats = search(prompt, width=width, max_new_tokens=new, min_new_tokens=new).stats
-    if isinstance(reward_model, MRM):
-        caches, started = (CopyCache(policy), CopyCache(reward_model.llama)), time.perf_counter()
-        saffron(policy, reward_model, prompt, width, new, new, read=caches)
-        copies, copies_bytes = time.perf_counter() - started, sum(cache.peak_bytes for cache in caches)
+    prompt = prompt_of(policy, length)
+    copies = copies_bytes = None
+    stats = search(prompt, reply_of(new, width)).stats
+    if reward_model is not None and reward_model.kind == "mrm":
+        caches = (CopyCache(policy), CopyCache(reward_model.llama))
+        started = time.perf_counter()
+        saffron_frontiers(policy, reward_model, prompt, width, new, new, read=caches)
+        copies = time.perf_counter() - started
+        copies_bytes = sum(cache.peak_bytes for cache in caches)
     return {"width": width, "prompt": len(prompt.policy_tokens(policy.template)), "new": new,
             "seconds": stats.seconds, "copies": copies, "ratio": copies and stats.seconds / copies,
             "ms/step": stats.seconds / new * 1e3, "computed": stats.tokens_computed,
@@ -113,8 +136,8 @@ def timed_row(search, policy, reward_model, limit, width, new, length=None):
 def compare_batch(search, policy, count):
     """Print what `count` prompts cost, one after another and all in one search."""
     prompts = [prompt_of(policy, 40 + i) for i in range(count)]
-    alone = sum(search(prompt).stats.seconds for prompt in prompts)
-    together = search(prompts)[-1].stats.seconds
+    alone = sum(search(prompt, reply_of(LENGTH)).stats.seconds for prompt in prompts)
+    together = search(prompts, reply_of(LENGTH))[-1].stats.seconds
     print(f"{count} prompts, width {WIDTH}, {LENGTH} new tokens: one after another {alone:.2f} s, "
           f"side by side {together:.2f} s, ratio {together / alone:.2f}")
 
@@ -122,13 +145,14 @@ def compare_batch(search, policy, count):
 def compare_busy(search, prompt):
     """Print what a step costs alone, beside a process that keeps a core busy, and beside another search."""
     spin = ["-c", "import sys; print(file=sys.stderr, flush=True)\nwhile True: pass"]
-    length, alone = ["--max_new_tokens", "2000", "--min_new_tokens", "2000"], None
+    length = ["--max_new_tokens", "2000", "--min_new_tokens", "2000"]
+    alone = None
     for name, command in (("alone", ["-c", "print()"]), ("beside a busy process", spin),
                           ("two searches at once", ["sample.py", "--json", "--prompt", PROMPT, *length])):
-        other = subprocess.Popen([sys.executable, *command], cwd=Path(__file__).parent,
+        other = subprocess.Popen([sys.executable, *command], cwd=Path(__file__).resolve().parents[1],
                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         other.stderr.readline()                             # until it has begun, or ended
-        seconds = sum(search(prompt).stats.seconds for _ in range(5)) / 5
+        seconds = sum(search(prompt, reply_of(LENGTH)).stats.seconds for _ in range(5)) / 5
         alone = alone or seconds
         print(f"{name}: {seconds / LENGTH * 1e3:.0f} ms a step, {seconds / alone:.2f} times as long as alone")
         other.kill()
@@ -165,17 +189,18 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    policy, _, _, reward_models = load_models(args, [args.safety])
-    reward_model = reward_models[args.safety]
-    search = functools.partial(SEARCHES[args.safety].search, policy, reward_model, width=WIDTH,
-                               max_new_tokens=LENGTH, min_new_tokens=LENGTH)
-    search(prompt_of(policy), width=2, max_new_tokens=2)                # the first calls are slower
+    models = load_models(args, [args.safety])
+    policy = models.policy
+    reward_model = models.reward_models[args.safety]
+    search = functools.partial(SEARCHES[args.safety].search, policy, reward_model)
+    search(prompt_of(policy), reply_of(2, width=2))                     # the first calls are slower
     if args.prompts:
         return compare_batch(search, policy, args.prompts)
     if args.busy:
         return compare_busy(search, prompt_of(policy))
-    models = [policy] + ([reward_model.llama] if isinstance(reward_model, (MRM, Guard)) else [])
-    size, speed = sum(map(weight_bytes, models)), bandwidth(args.device)
+    llamas = [policy] + ([reward_model.llama] if hasattr(reward_model, "llama") else [])
+    size = sum(map(weight_bytes, llamas))
+    speed = bandwidth(args.device)
     machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
                f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
                f"{args.dtype} on {args.device}")
@@ -197,7 +222,6 @@ def main():
         report = {"safety": args.safety, "machine": machine, "bandwidth": speed, "rows": rows}
         write_file(args.out, json.dumps(report, indent=1) + "\n")
     if args.plot:
-        from results.draw import seconds_a_step
         seconds_a_step(args.plot, rows, WIDTH, LENGTH)
 
 

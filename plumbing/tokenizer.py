@@ -1,6 +1,5 @@
 """
-Text to tokens and back: byte-pair encoding on a local tokenizer.json, and the texts that stand around a
-conversation.
+Text to tokens and back: byte-pair encoding on a local tokenizer.json, and the conversation that is read.
 
 Byte-pair encoding: Sennrich et al. 2016, arXiv 1508.07909. tiktoken does it; nothing is downloaded.
 """
@@ -10,21 +9,16 @@ import dataclasses
 import hashlib
 import json
 import re
-import sys
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2.sandbox
 import tiktoken
 
-from files import BadInput, check_keys, field, read_json, read_lines, read_text, reading
+from plumbing.errors import BadInput
+from plumbing.files import check_keys, parsing, read_field, read_json, reading
+from plumbing.templates import read_splitting, read_templates
 
-# GPT-2's pre-tokenizer, and the same without digits, which were split off first, singly or in runs.
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-AFTER_DIGITS = r"|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 BLANKS = 100_000                # in a row, at most: at several times as many, tiktoken's stack overflows
-MARKER = "saffron's user"       # stands for the user's text while a chat_template is rendered
 
 
 @dataclass
@@ -66,10 +60,12 @@ class Tokenizer:
     """
 
     def __init__(self, folder):
-        self.folder, path = Path(folder), Path(folder) / "tokenizer.json"
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
         raw = read_json(path)
         with reading(path, "a byte-level BPE tokenizer"):
-            model, added = raw["model"], raw.get("added_tokens") or []
+            model = raw["model"]
+            added = raw.get("added_tokens") or []
             check_keys(raw, dict.fromkeys("model normalizer pre_tokenizer post_processor decoder "
                                           "added_tokens version padding truncation".split()))
             check_keys(model, dict.fromkeys("vocab merges ignore_merges unk_token fuse_unk".split())
@@ -78,8 +74,8 @@ class Tokenizer:
             self.added = {}                                                   # text to id
             for token in added:
                 check_keys(token, dict.fromkeys(("id", "content", "special", "normalized")))
-                self.added[field(token, "content", str)] = field(token, "id", int, 0, 2 ** 31)
-            ids = {to_bytes(text): field(model["vocab"], text, int, 0, 2 ** 31)
+                self.added[read_field(token, "content", str)] = read_field(token, "id", int, 0, 2 ** 31)
+            ids = {to_bytes(text): read_field(model["vocab"], text, int, 0, 2 ** 31)
                    for text in model["vocab"] if text not in self.added}
             self.bytes = {i: token for token, i in ids.items()}
             if (min(map(len, [*ids, *self.added])) < 1
@@ -113,7 +109,7 @@ class Tokenizer:
             raise BadInput("the text is not valid Unicode: it has unpaired surrogates")
         if re.search(rf"\s{{{BLANKS}}}", text):
             raise BadInput(f"the text has {BLANKS} or more blanks in a row")
-        with reading(self.folder, "a tokenizer whose pattern can split this text"):
+        with parsing(self.folder, "a tokenizer whose pattern can split this text"):
             ranks = self.encoding.encode_ordinary(text)
         if len(self.encoding.decode_bytes(ranks)) < len(text.encode()):
             raise BadInput(f"{self.folder}: its pre-tokenizer's pattern leaves out a part of the text")
@@ -124,13 +120,21 @@ class Tokenizer:
         if name not in self.texts:
             raise BadInput(f"{self.folder}: no template {name!r}; expected chat_template in tokenizer_config"
                            ".json or chat_template.jinja, or this template in templates.json")
-        control = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)"
-        tokens = lambda text: [token for i, part in enumerate(re.split(f"({control})", text))
-                               for token in ([self.added[part]] if i % 2 else self.encode(part))]
-        with reading(self.folder, f"a folder whose template {name!r} has a prefix and an infix"):
+        with parsing(self.folder, f"a folder whose template {name!r} has a prefix and an infix"):
             parts = {"suffix": ""} | self.texts[name]
             check_keys(parts, dict.fromkeys(("prefix", "infix", "suffix")))
-            return Template(*(tokens(parts[part]) for part in ("prefix", "infix", "suffix")))
+            return Template(*(self.encode_template(parts[part]) for part in ("prefix", "infix", "suffix")))
+
+    def encode_template(self, text):
+        """Token ids of a template's text, in which the text of a control token means that token."""
+        control = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)"
+        tokens = []
+        end = 0
+        for match in re.finditer(control, text):
+            tokens += self.encode(text[end:match.start()])
+            tokens.append(self.added[match[0]])
+            end = match.end()
+        return tokens + self.encode(text[end:])
 
     def prompt(self, user, prefill="", hide_prefill=False):
         """A Prompt, tokenized piece by piece. Raises BadInput if the user says nothing."""
@@ -166,69 +170,3 @@ def to_bytes(text):
 SELF = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in SELF]
 BYTE_OF = {chr(b): b for b in SELF} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
-
-
-def read_splitting(raw):
-    """(normalizer, the regular expression that splits text into words) of a tokenizer.json."""
-    form, split = raw.get("normalizer"), raw["pre_tokenizer"]
-    check_keys(form or {}, {"type": ["NFC"]})
-    harmless = dict.fromkeys(("trim_offsets", "use_regex"))
-    check_keys(raw["decoder"], harmless | {"type": ["ByteLevel"], "add_prefix_space": None})
-    *first, last = split["pretokenizers"] if split["type"] == "Sequence" else [split]
-    check_keys(last, harmless | {"type": ["ByteLevel"]})
-    kinds, pattern = [part["type"] for part in first] + [last.get("use_regex", True)], GPT2
-    if kinds == ["Digits", True]:
-        check_keys(first[0], {"type": None, "individual_digits": None})
-        pattern = (r"\p{N}" if first[0]["individual_digits"] else r"\p{N}+") + AFTER_DIGITS
-    elif kinds == ["Split", False]:
-        check_keys(first[0], {"type": None, "pattern": None, "behavior": ["Isolated"]})
-        pattern = field(first[0]["pattern"], "Regex", str) or "(?!)"  # the empty one matches too much
-    elif kinds != [True]:
-        raise BadInput(f"pre_tokenizer = {json.dumps(split)[:200]} is not supported; expected ByteLevel with "
-                       "its own pattern, one Split and ByteLevel without, or Digits and ByteLevel")
-    return (lambda text: unicodedata.normalize("NFC", text)) if form else str, pattern
-
-
-def read_templates(folder):
-    """{"chat": {"prefix": text, "infix": text}, "reward": ...} of a folder; "chat" only where it has one. The
-    chat_template is rendered once, around a marker in the place of the user's text, without thinking."""
-    path, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = read_json(path) if path.exists() else {}
-    with reading(path, "a tokenizer's configuration"):
-        if config.get("add_prefix_space"):
-            raise BadInput("add_prefix_space = true is not supported")
-        special = {key: value if isinstance(value, str) else field(value, "content", str)
-                   for key, value in config.items()
-                   if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value}
-        texts = {"reward": {"prefix": special.get("bos_token", "") + "\n\nUser:", "infix": "\n\nAgent:"}}
-        source = config.get("chat_template")
-        if isinstance(source, list):
-            source = {one["name"]: one["template"] for one in source}["default"]
-    if jinja.exists():
-        path, source = jinja, read_text(jinja)
-    if source:
-        with reading(path, "a chat template"):
-            environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-            text = environment.from_string(source).render(
-                messages=[{"role": "user", "content": MARKER}], add_generation_prompt=True,
-                enable_thinking=False, **special)
-            if text.count(MARKER) != 1:
-                raise BadInput("the chat_template must contain the user's text exactly once")
-            texts["chat"] = dict(zip(("prefix", "infix"), text.split(MARKER)))
-    ours = folder / "templates.json"
-    return texts | (read_json(ours) if ours.exists() else {})
-
-
-def read_prompts(prompt):
-    """The prompts that an argument stands for: for - all of standard input, for FILE:path each line, else
-    itself. Raises BadInput for a file that has none or is no text."""
-    if prompt == "-":
-        with reading("standard input", "UTF-8 text"):
-            return [sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")]
-    if not prompt.startswith("FILE:"):
-        return [prompt]
-    lines = [line for _, line in read_lines(prompt.removeprefix("FILE:"))]
-    if not lines:
-        raise BadInput(f"--prompt {prompt}: expected one prompt a line, but the file is empty")
-    return lines
