@@ -78,13 +78,14 @@ class Search:
     steps: object                       # the generator
     trace: list                         # to which it appends its frontiers
     readers: list                       # the policy's Reader and, where there is one, the reward model's
+    answer: Answer | None = None        # what it is sent next
+    result: Result | None = None        # when it is over
 
 
 def search_with(*kinds, temperature=1.0):
     """Decorator: make a search of a generator of its steps. kinds: which reward models it takes, of "guard",
     "mrm" and None. temperature: the search's default. The search takes a prompt, or a list of prompts, which
-    go on in lockstep. Each has tries of its own, so its reply and stats (but the seconds) are the same as if
-    it were alone, as far as rounding allows: in bfloat16, a batch of another size may decide a draw."""
+    go on in lockstep. Each has tries of its own: but for rounding and seconds, it is as if it were alone."""
     def decorate(steps):
         @functools.wraps(steps)
         @torch.no_grad()
@@ -111,32 +112,31 @@ def lockstep(policy, reward_model, searches, watch=None):
     wants read; then all of that is read at once. watch: called with each Search after each of its rounds."""
     started = time.perf_counter()
     shared = getattr(reward_model, "shared_pass", None)
-    results = {}
-    answers = dict.fromkeys(range(len(searches)))     # what each search under way is sent next, at first None
-    while answers:
+    under_way = searches
+    while under_way:
         # 1. Each search says what it wants read next, or is over.
-        for i, answer in list(answers.items()):
+        for search in under_way:
             try:
-                ask = searches[i].steps.send(answer)
+                ask = search.steps.send(search.answer)
             except StopIteration as end:
-                results[i] = result_of(policy, searches[i], end.value, time.perf_counter() - started)
-                del answers[i]
+                search.result = result_of(policy, search, end.value, time.perf_counter() - started)
                 continue
-            for reader in searches[i].readers:
+            for reader in search.readers:
                 reader.ask(ask.policy if reader.gives == "policy_hidden" else ask.reward, ask.keep)
+        under_way = [search for search in under_way if search.result is None]
         # 2. The models read it. Those that differ in LoRA only may share a pass (plumbing/fast.py).
-        tries = [reader.trie for i in answers for reader in searches[i].readers if reader.trie]
+        tries = [reader.trie for search in under_way for reader in search.readers if reader.trie]
         if shared and policy in shared.llamas:
             compute(shared, tries)
         else:
             for model in dict.fromkeys(trie.model for trie in tries):
                 compute(model, [trie for trie in tries if trie.model is model])
         # 3. The answers go back.
-        for i in answers:
-            answers[i] = Answer(**{reader.gives: reader.answer() for reader in searches[i].readers})
+        for search in under_way:
+            search.answer = Answer(**{reader.gives: reader.answer() for reader in search.readers})
             if watch:
-                watch(searches[i])
-    return [results[i] for i in range(len(searches))]
+                watch(search)
+    return [search.result for search in searches]
 
 
 def result_of(policy, search, reply, seconds):
@@ -162,7 +162,7 @@ class Reader:
     """One model's side of one prompt's search: its trie, the tokens before the reply, and its cost. gives:
     the field of Answer that it fills. head: maps final hidden states to that (by default they are it)."""
 
-    def __init__(self, llama, context, suffix=(), gives="policy_hidden", head=None):
+    def __init__(self, llama, context, suffix=(), gives="policy_hidden", head=torch.nn.Identity()):
         self.trie = TrieCache(llama)
         self.context = context
         self.suffix = list(suffix)                          # read after each sequence: a Llama Guard has one
@@ -213,18 +213,13 @@ class Reader:
 
     def answer(self):
         """What was asked for, when it is computed: (n, ...), or None."""
-        if not self.asked:
-            return None
-        hidden = self.trie.hidden_at(self.asked)
-        return self.head(hidden) if self.head else hidden
+        return self.head(self.trie.hidden_at(self.asked)) if self.asked else None
 
     @property
     def flops(self):
-        """FLOPs so far without the head, where a multiply-add counts as two: 2 · linear weights (with LoRA) ·
-        tokens + 4 · layers · heads · head_dim · (query, key) pairs. `result_of` adds the policy's head, 2 ·
-        d · V a call. A reward is one row of a head, 2 · d, which is not counted."""
-        llama = self.trie.model
-        config = llama.config
-        lora = sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)
+        """FLOPs so far (a multiply-add counts as two): 2 · linear weights (with LoRA) · tokens + 4 · layers ·
+        heads · head_dim · (query, key) pairs. `result_of` adds the policy's head; rewards are not counted."""
+        config = self.trie.model.config
+        lora = sum(p.numel() for name, p in self.trie.model.named_parameters() if "lora_" in name)
         a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         return 2 * (config.linear_params + lora) * self.trie.computed + a_pair * self.trie.attended

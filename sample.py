@@ -20,7 +20,6 @@ from pathlib import Path
 from baselines import SEARCHES
 from plumbing import options, page, report
 from plumbing.checkpoint import DEFAULT
-from plumbing.errors import BadInput
 from plumbing.files import check_output, read_prompts
 from plumbing.parser import Parser
 from saffron import PREFILL, PROMPT
@@ -56,7 +55,7 @@ def parse_arguments():
         args.prefill = args.prefill or PREFILL
     args.prompts = read_prompts(args.prompt)
     if args.html and (len(args.prompts) > 1 or args.html.resolve() == page.TEMPLATE):
-        raise BadInput(f"--html {args.html}: expected one prompt, and not the template page.html")
+        parser.error(f"--html {args.html}: expected one prompt, and not the template page.html")
     if args.html:
         check_output(args.html)
     return args
@@ -70,24 +69,23 @@ def main():
     # The page shows what the MRM makes of every search, where there is one.
     with_mrm = args.html and (args.mrm or Path(args.policy).resolve() == DEFAULT)
     models = options.load_models(args, [*methods, "saffron"] if with_mrm else methods)
-    policy = models.policy
     mrm = models.reward_models.get("saffron")
-    prompts = [policy.tokenizer.prompt(text, args.prefill, args.hide_prefill) for text in args.prompts]
+    prompts = [models.policy.tokenizer.prompt(text, args.prefill, args.hide_prefill) for text in args.prompts]
     for prompt in prompts:
         for reward_model in dict.fromkeys([models.guard, *models.reward_models.values()]):
-            options.check_prompt(policy, reward_model, prompt, args.max_new_tokens)
+            options.check_prompt(models.policy, reward_model, prompt, args.max_new_tokens)
 
     if not args.json:
-        print(f"model:   {printable(policy.config.name)}")
+        print(f"model:   {printable(models.policy.config.name)}")
     answers = {method: [] for method in methods}
-    trees = []
+    trees = []                                              # of each search, for the page
     for method in methods:
         print(f"searching: {method} ...", file=sys.stderr)
         search = SEARCHES[method].search
         for start in range(0, len(prompts), SIDE_BY_SIDE):
             batch = prompts[start:start + SIDE_BY_SIDE]
             watch = page.Recorder() if args.html else None
-            results = search(policy, models.reward_models[method], batch, args.options, watch)
+            results = search(models.policy, models.reward_models[method], batch, args.options, watch)
             for text, prompt, result in zip(args.prompts[start:], batch, results):
                 guard_reward = models.guard and models.guard.score(prompt, [result.tokens]).item()
                 answer = describe(method, text, result, guard_reward, args)
@@ -96,15 +94,15 @@ def main():
                 if not args.json:
                     if method == methods[0] or len(prompts) > 1:
                         report.show_prompt(text, args.prefill)
-                    report.show_reply(said, result, args.prefill, args.trace, policy.tokenizer)
+                    report.show_reply(said, result, args.prefill, args.trace, models.policy.tokenizer)
                 if args.html:
-                    tree = page.tree(result, watch.rounds, prompt, policy, mrm)
+                    tree = page.tree(result, watch.rounds, prompt, models.policy, mrm)
                     trees.append({"name": method, **said, **tree})
     if args.json:
         for of_a_prompt in zip(*answers.values()):
             print(json.dumps(dict(zip(methods, of_a_prompt)) if args.compare else of_a_prompt[0]))
     if args.html:
-        page.write_page(args.html, trees, args.prompts[0], args.prefill, policy, mrm)
+        page.write_page(args.html, trees, args.prompts[0], args.prefill, models.policy, mrm)
         print(f"wrote {args.html}: open it in a browser", file=sys.stderr)
 
 

@@ -102,28 +102,28 @@ def saffron(policy, reward_model, options, trace):
         rewarded(children, rewards)
 
         # 4. The next frontier.
-        frontier = best(finished, children, options)
+        frontier = best(finished, children, options.width, options.beta)
         trace.append(frontier)
     return frontier[0]
 
 
-def best(finished, children, options):
+def best(finished, children, width, beta):
     """The next frontier, ranked by reward + beta · log_prob (equal ones keep their order). Take the best
     `width` children; with beta > 0 skip those that repeat themselves, unless all do. Sort them with
     `finished`: finished ones first, in each part fallbacks last, then by rank. Keep the first `width`. A
     child that is a fallback takes only a place that is free."""
     def rank(branch):
-        return branch.fallback, -(branch.reward + options.beta * branch.log_prob)       # the lowest is first
+        return branch.fallback, -(branch.reward + beta * branch.log_prob)       # the lowest is first
 
     def place(branch):
         return not branch.finished, rank(branch)
 
     ranked = sorted(children, key=rank)                                                 # stable
-    fresh = (branch for branch in ranked if not options.beta or not repeats_its_end(branch.tokens))
-    kept = list(itertools.islice(fresh, options.width)) or ranked[:options.width]
+    fresh = (branch for branch in ranked if not beta or not repeats_its_end(branch.tokens))
+    kept = list(itertools.islice(fresh, width)) or ranked[:width]
     regular = sum(not branch.fallback for branch in kept)
-    kept = kept[:max(regular, options.width - len(finished))]
-    return sorted(finished + kept, key=place)[:options.width]
+    kept = kept[:max(regular, width - len(finished))]
+    return sorted(finished + kept, key=place)[:width]
 
 
 def repeats_its_end(tokens, n=NO_REPEAT):

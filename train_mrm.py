@@ -41,7 +41,7 @@ from plumbing.parallel import is_first, join_processes, log, run_beside_others
 from plumbing.parser import Parser, number
 from plumbing.resume import load_checkpoint, save_checkpoint
 from plumbing.validate import histogram, validate_guard, validate_mrm
-from plumbing.weights import weigh, weights
+from plumbing.mixture import weigh, weights
 
 # Hyperparameters: each is an option, as in --rank 8. name: (default, what it may be, what it is)
 HYPERPARAMETERS = {

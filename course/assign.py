@@ -32,9 +32,9 @@ from plumbing.errors import BadInput  # noqa: E402
 from plumbing.parser import Parser  # noqa: E402
 
 # All that a copy has, but for the tests of exercises. Nothing else is copied: no history, no file of the lecturer's.
-MODULES = "files tokenizer model trie_cache mrm adapters saffron engine search train_mrm sample eval bench page"
+MODULES = "model trie_cache engine mrm search baselines saffron train_mrm sample eval"
 COPIED = [f"{name}.py" for name in MODULES.split()] + [
-    "page.html", "README.md", "LICENSE", "CITATION.cff", "requirements.txt", ".gitignore", "docs/*",
+    "plumbing/*.py", "plumbing/page.html", "README.md", "LICENSE", "CITATION.cff", "requirements.txt", ".gitignore", "docs/*",
     "results/*.py", "results/*.json", "results/*.png", "data/corpus.py", "data/download.py",
     "data/*/prepare.py", "data/*/readme.md", "data/safety_labels/*.txt", "data/prompts/*.jsonl", "data/smollm2/guard.safetensors",
     "data/smollm2/judge.safetensors", "data/smollm2/mrm.safetensors",
@@ -54,17 +54,17 @@ class Exercise:
 EXERCISES = {
     1: Exercise("rotary embedding", "easy", ["model.py:rotary_frequencies", "model.py:rotate"]),
     2: Exercise("grouped-query attention under a tree mask", "medium", ["trie_cache.py:TrieCache.attend"],
-                ["bench.py:CopyCache.attend"]),
+                ["results/bench.py:CopyCache.attend"]),
     3: Exercise("trie lookup and slots", "medium", ["trie_cache.py:TrieCache.insert",
-                "trie_cache.py:TrieCache.take_slot", "trie_cache.py:TrieCache.keep"], needs=[1, 2]),
+                "trie_cache.py:TrieCache.take_slot", "trie_cache.py:TrieCache.prune"], needs=[1, 2]),
     4: Exercise("nucleus candidates", "medium", ["search.py:nucleus", "search.py:candidates"],
-                ["saffron.py:nucleus", "saffron.py:saffron"]),
+                ["saffron.py:nucleus", "saffron.py:saffron_frontiers"]),
     5: Exercise("partial-supervision loss", "easy", ["mrm.py:partial_supervision_loss", "mrm.py:MRM.child_rewards"],
                 needs=[1]),
     6: Exercise("conservative mask", "easy", ["mrm.py:MRM.conservative_rewards"], needs=[1]),
-    7: Exercise("the saffron step", "hard", ["search.py:saffron", "search.py:best"], ["saffron.py:saffron"],
+    7: Exercise("the saffron step", "hard", ["search.py:saffron", "search.py:best"], ["saffron.py:saffron_frontiers"],
                 needs=[1, 2, 3, 4, 5]),
-    8: Exercise("reward-balanced search", "hard", ["search.py:rebase", "search.py:shares"], needs=[1, 2, 3, 4]),
+    8: Exercise("reward-balanced search", "hard", ["baselines.py:rebase", "baselines.py:shares"], needs=[1, 2, 3, 4]),
     9: Exercise("a better rule for unseen tokens", "research, open-ended"),
     10: Exercise("a search of your own", "research, open-ended"),
 }
@@ -82,7 +82,8 @@ def find(tree, name):
 
 def blank(source, name, message):
     """The source, with that function's body replaced by raise NotImplementedError(message); its docstring stays."""
-    node, lines = find(ast.parse(source), name), source.splitlines(keepends=True)
+    node = find(ast.parse(source), name)
+    lines = source.splitlines(keepends=True)
     docstring = node.body[0] if ast.get_docstring(node) is not None else None
     first = docstring.end_lineno if docstring else node.body[0].lineno - 1
     indent = " " * node.body[0].col_offset
@@ -105,20 +106,28 @@ def tests_of(number):
                 yield node.name, points_of(node)[1], " ".join((ast.get_docstring(node) or "").split())
 
 
+def is_test(node):
+    return isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+
+
 def exercise_tests(source):
     """The source of a test module with nothing left but the tests that check exercises, and what these use."""
-    tree, lines = ast.parse(source), source.splitlines(keepends=True)
-    named = lambda node: isinstance(node, (ast.FunctionDef, ast.ClassDef))
-    start = lambda node: min([node.lineno, *(mark.lineno for mark in node.decorator_list)])
-    kept = [node for node in tree.body if not (named(node) and node.name.startswith("test_") and not points_of(node))]
+    tree = ast.parse(source)
+    lines = source.splitlines(keepends=True)
+    kept = [node for node in tree.body if not (is_test(node) and not points_of(node))]
     while True:
         words = {word for node in kept for child in ast.walk(node) for word in (
             getattr(child, "id", None), getattr(child, "arg", None), getattr(child, "attr", None))}
-        unused = [node for node in kept if named(node) and not node.name.startswith("test_") and node.name not in words]
+        unused = [node for node in kept if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                  and not is_test(node) and node.name not in words]
         if not unused:
             break
         kept = [node for node in kept if node not in unused]
-    dropped = {number for node in tree.body if node not in kept for number in range(start(node), node.end_lineno + 1)}
+    dropped = set()
+    for node in tree.body:
+        if node not in kept:
+            start = min([node.lineno, *(mark.lineno for mark in node.decorator_list)])
+            dropped |= set(range(start, node.end_lineno + 1))
     text = "".join(line for number, line in enumerate(lines, 1) if number not in dropped)
     while "\n\n\n\n" in text:
         text = text.replace("\n\n\n\n", "\n\n\n")
@@ -151,7 +160,8 @@ def handout(numbers, other_weeks=()):
         pages[0] += (f"\nOpen in this copy too, from other weeks: {listed(other_weeks)}. "
                      "Take along the files that you wrote.\n")
     for n in numbers:
-        exercise, tests = EXERCISES[n], list(tests_of(n))
+        exercise = EXERCISES[n]
+        tests = list(tests_of(n))
         page = f"# Exercise {n}: {exercise.title}\n\nLevel: {exercise.level}."
         if exercise.functions:
             names = ", ".join("`{1}` in {0}".format(*function.split(":")) for function in exercise.functions)
@@ -215,7 +225,8 @@ def main():
         check_free(Path(args.out))
         Path(args.out).mkdir(exist_ok=True)
     for i, week in enumerate(args.week or [args.exercise], 1):
-        numbers, out = sorted(set(week)), Path(args.out, f"week{i}") if args.week else args.out
+        numbers = sorted(set(week))
+        out = Path(args.out, f"week{i}") if args.week else args.out
         write_copy(out, numbers, [n for n in open_ones if n not in numbers])
         print(f"wrote {out} with {listed(numbers)}: begin with HANDOUT.md there")
     solved = [n for n, exercise in EXERCISES.items() if exercise.functions and n not in open_ones]

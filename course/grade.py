@@ -97,10 +97,12 @@ def run_tests(folder, numbers, limit):
             process.wait()
         changed = sorted(str(path.relative_to(copy)) for path in before if before[path] != state(path))
         suspicions = [f"{name} was changed" for name in changed[:3]]
-        results.seek(0), printed.seek(0)
+        results.seek(0)
+        printed.seek(0)
         if re.search(rb"\d of \d+ points", printed.read()):
             suspicions.append("points were printed")
-        seen, foreign = {}, False
+        seen = {}
+        foreign = False
         for line in results:
             signature, _, record = line.rstrip(b"\n").partition(b" ")
             true = hmac.digest(task["secret"].encode(), record, "sha256").hex().encode()
@@ -127,12 +129,12 @@ def grade(folder, numbers, cases, limit):
             suspicions.append("results come twice, or of a test that is not there")
         elif canary and phases != CANARY[:len(phases)]:
             suspicions.append("tests that must fail have passed")
-    counts = lambda case: seen.get((case, False)) == PASSED and seen.get((case, True)) == CANARY
+    right = [case for case in cases if seen.get((case, False)) == PASSED and seen.get((case, True)) == CANARY]
     earned = dict.fromkeys(numbers, 0)
     for n in numbers:
         for test, points, _ in tests_of(n):
             mine = [case for case in cases if case.partition("[")[0] == test]
-            wrong = [case for case in mine if not counts(case)]
+            wrong = [case for case in mine if case not in right]
             if mine and not wrong:
                 earned[n] += 0 if suspicions else points
                 continue
@@ -160,7 +162,8 @@ def parse_arguments():
                         help="a folder with the modules for each student, named after the student")
     args = parser.parse_args()
     count = next((i for i, word in enumerate(args.exercises) if not word.isdecimal()), len(args.exercises))
-    numbers, folders = args.exercises[:count], args.exercises[count:] + args.submissions # --exercises 4 5 DIR
+    numbers = args.exercises[:count]
+    folders = args.exercises[count:] + args.submissions # --exercises 4 5 DIR
     args.exercises = sorted({int(n) for n in numbers})
     if not args.exercises or not set(args.exercises) <= set(GRADED):
         parser.error(f"--exercises {' '.join(numbers)}: expected some of {', '.join(map(str, GRADED))}")

@@ -59,12 +59,17 @@ class Witness:
     """A plugin of pytest: chooses the tests, puts a canary beside each case, says how they went."""
 
     def __init__(self, task, say):
-        self.exercises, self.say, self.canaries = task["exercises"], say, set()
+        self.exercises = task["exercises"]
+        self.say = say
+        self.canaries = set()
         self.order = random.Random(task["secret"])
 
     def pytest_collection_modifyitems(self, items):
-        marked = lambda item: item.get_closest_marker("exercise")
-        cases = [item for item in items if marked(item) and marked(item).args[0] in self.exercises]
+        cases = []
+        for item in items:
+            mark = item.get_closest_marker("exercise")
+            if mark and mark.args[0] in self.exercises:
+                cases.append(item)
         items.clear()
         for case in cases:
             pair = [case, pytest.Function.from_parent(case.parent, name=case.name, callobj=canary)]

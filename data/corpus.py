@@ -52,15 +52,9 @@ def collate(examples, device):
         for position, token, reward in e.siblings:
             prefix = prefixes.setdefault((i, position), len(prefixes))
             siblings.append((i, start + position - 1, token, reward, prefix))
-
-    def column(values, dtype=torch.long):
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    rows, columns, targets = zip(*replies)
-    s_rows, s_columns, s_tokens, s_rewards, s_prefixes = zip(*siblings) if siblings else [()] * 5
-    return Batch(tokens.to(device), column(rows), column(columns), column(targets, torch.float32),
-                 column(s_rows), column(s_columns), column(s_tokens), column(s_rewards, torch.float32),
-                 column(s_prefixes))
+    rows, columns, targets = (torch.tensor(values, device=device) for values in zip(*replies))
+    of_siblings = [torch.tensor(values, device=device) for values in zip(*siblings)] or [torch.zeros(0)] * 5
+    return Batch(tokens.to(device), rows, columns, targets, *of_siblings)
 
 
 def read_labels(path, llama, max_prompt, max_reply):

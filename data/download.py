@@ -57,7 +57,8 @@ def fetch(url, path, token=None, ask_at=None):
     if path.exists():
         return path
     partial = path.with_name(path.name + ".partial")
-    request, redirect = urllib.request.Request(url), Redirect()
+    request = urllib.request.Request(url)
+    redirect = Redirect()
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
@@ -119,14 +120,16 @@ def hub_file(repository, name, path, revision="main"):
     server = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if urllib.parse.urlsplit(server).scheme not in ("http", "https"):
         raise BadInput(f"HF_ENDPOINT = {server!r}: expected an address such as https://huggingface.co")
-    page, quote = f"{server.rstrip('/')}/{repository}", urllib.parse.quote
+    page = f"{server.rstrip('/')}/{repository}"
+    quote = urllib.parse.quote
     return fetch(f"{page}/resolve/{quote(revision, safe='')}/{quote(name)}", path, hub_token(), page)
 
 
 def hub_rows(dataset, config, split, folder, server=ROWS_SERVICE):
     """All rows of a split, in order, page by page through the hub's rows service. The pages stay in `folder`, so
     that what was interrupted goes on. Raises BadInput as `fetch`, and for a page that is not what it should be."""
-    offset, total = 0, 1
+    offset = 0
+    total = 1
     while offset < total:
         query = urllib.parse.urlencode({"dataset": dataset, "config": config, "split": split, "offset": offset,
                                         "length": ROWS_A_PAGE})
@@ -135,7 +138,8 @@ def hub_rows(dataset, config, split, folder, server=ROWS_SERVICE):
         fetch(f"{server.rstrip('/')}/rows?{query}", path, token, f"https://huggingface.co/datasets/{dataset}")
         page = read_json(path)
         try:
-            total, rows = page["num_rows_total"], page["rows"]
+            total = page["num_rows_total"]
+            rows = page["rows"]
             expected = min(ROWS_A_PAGE, total - offset)
             if [row["row_idx"] for row in rows] != list(range(offset, offset + expected)) or any(
                     row["truncated_cells"] for row in rows):

@@ -21,8 +21,10 @@ from plumbing.tokenizer import Tokenizer
 
 DEFAULT = Path(__file__).resolve().parents[1] / "data" / "smollm2"      # the default checkpoint
 
-# Keys of config.json that do not affect the result. All others must be read, or null, false or empty.
-NEUTRAL = """architectures model_type _name_or_path torch_dtype dtype transformers_version bos_token_id
+# Keys of config.json without a field of LlamaConfig: they do not affect the result, or are read apart. All
+# others must be null, false or empty.
+NEUTRAL = """rope_parameters eos_token_id sliding_window use_sliding_window
+    architectures model_type _name_or_path torch_dtype dtype transformers_version bos_token_id
     pad_token_id unk_token_id initializer_range attention_dropout use_cache pretraining_tp max_window_layers
     layer_types is_decoder is_llama_config tokenizer_class auto_map task_specific_params
     transformers.js_config unsloth_version unsloth_fixed keys_to_ignore_at_inference
@@ -79,53 +81,49 @@ def read_config(folder, path=None):
     generation_config.json too. Raises BadInput for an absent or broken file, and for what this Llama does not
     compute."""
     path = path or folder / "config.json"
-    generation = folder / "generation_config.json"
     raw = read_json(path)
-    also = read_json(generation).get("eos_token_id") if generation.exists() else None
+    ends = [raw.get("eos_token_id")]
+    if (folder / "generation_config.json").exists():
+        ends.append(read_json(folder / "generation_config.json").get("eos_token_id"))
     with reading(path, "the config.json of a language model"):
         architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
         family = architecture.removesuffix("ForCausalLM").lower()
         if family not in ("llama", "mistral", "qwen2", "qwen3") or raw.get("model_type", family) != family:
             raise BadInput(f"architecture {architecture!r} is not supported, only LlamaForCausalLM, "
                            "MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are")
-        length = read_count(raw, "max_position_embeddings", 2 ** 31)
-        window = read_count(raw, "sliding_window", 2 ** 31, None)
+        length = read_field(raw, "max_position_embeddings", int, 1, 2 ** 31)
+        window = read_field(raw, "sliding_window", int, 1, 2 ** 31, None)
         if family == "mistral" and "sliding_window" not in raw:
             window = 4096                                   # what that means in transformers
         if window and raw.get("use_sliding_window", family == "mistral"):
             length = min(length, window)                    # in a shorter text, the window is not in effect
-        width = read_count(raw, "hidden_size", 2 ** 20)
-        heads = read_count(raw, "num_attention_heads", 2 ** 16)
-        kv_heads = read_count(raw, "num_key_value_heads", 2 ** 16, heads if family == "llama" else ...)
+        width = read_field(raw, "hidden_size", int, 1, 2 ** 20)
+        heads = read_field(raw, "num_attention_heads", int, 1, 2 ** 16)
+        all_heads = heads if family == "llama" else ...             # the default, where there is one
+        kv_heads = read_field(raw, "num_key_value_heads", int, 1, 2 ** 16, all_heads)
+        head_dim = 128 if family == "qwen3" else width // heads     # the default
         scaling, theta = read_rope(raw)
         config = LlamaConfig(
-            vocab_size=read_count(raw, "vocab_size", 2 ** 24), hidden_size=width,
-            intermediate_size=read_count(raw, "intermediate_size", 2 ** 20),
-            num_hidden_layers=read_count(raw, "num_hidden_layers", 1000), num_attention_heads=heads,
+            vocab_size=read_field(raw, "vocab_size", int, 1, 2 ** 24), hidden_size=width,
+            intermediate_size=read_field(raw, "intermediate_size", int, 1, 2 ** 20),
+            num_hidden_layers=read_field(raw, "num_hidden_layers", int, 1, 1000), num_attention_heads=heads,
             num_key_value_heads=kv_heads, max_position_embeddings=length,
-            head_dim=read_count(raw, "head_dim", 2 ** 16, 128 if family == "qwen3" else width // heads),
+            head_dim=read_field(raw, "head_dim", int, 1, 2 ** 16, head_dim),
             rms_norm_eps=read_field(raw, "rms_norm_eps", float, 0, 1, 1e-6),
             rope_theta=theta, rope_scaling=scaling,
             tie_word_embeddings=read_field(raw, "tie_word_embeddings", bool, default=False),
             eos_token_ids=tuple(dict.fromkeys(
-                i for ids in (raw.get("eos_token_id"), also)
-                for i in (ids if isinstance(ids, list) else [ids]) if i is not None)),
+                i for ids in ends for i in (ids if isinstance(ids, list) else [ids]) if i is not None)),
             qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
             name=read_field(raw, "_name_or_path", str, default="") or folder.resolve().name)
         own = {"qkv_bias", "qk_norm", "eos_token_ids", "name"}      # fields of ours, not of config.json
-        read = [*(vars(config).keys() - own), "rope_parameters", "eos_token_id", "sliding_window",
-                "use_sliding_window"]
-        check_keys(raw, dict.fromkeys(NEUTRAL + read) | {"hidden_act": ["silu"]})
+        known = [*NEUTRAL, *(vars(config).keys() - own)]
+        check_keys(raw, dict.fromkeys(known) | {"hidden_act": ["silu"]})
         if heads % kv_heads or config.head_dim % 2:
             raise BadInput("num_attention_heads is not a multiple of num_key_value_heads, or head_dim is odd")
         for i in config.eos_token_ids:
             check(i, "eos_token_id (here or in generation_config.json)", int, 0, config.vocab_size - 1)
     return config
-
-
-def read_count(raw, name, most, default=...):
-    """A whole number above 0 of a config.json."""
-    return read_field(raw, name, int, 1, most, default)
 
 
 def read_rope(raw):
@@ -146,21 +144,21 @@ def read_rope(raw):
 def read_weights(folder, config, dtype, device):
     """({name: tensor}, fingerprint) of a checkpoint. As in transformers, one file comes before shards."""
     single = folder / "model.safetensors"
-    shards = sorted(folder.glob("model-*-of-*.safetensors"))
     found = {}
     first_rows = {}
-    for path in [single] if single.exists() or not shards else shards:
+    for path in [single] if single.exists() else sorted(folder.glob("model-*-of-*.safetensors")) or [single]:
         for name, tensor in read_tensors(path):
             if not tensor.is_floating_point():
                 raise BadInput(f"{path}: tensor {name} has the type {tensor.dtype}, expected floating point")
+            if name in found:
+                raise BadInput(f"{path}: tensor {name} stands in another file of the folder too")
             if not name.endswith("rotary_emb.inv_freq"):                # old files carry what we compute
                 first_rows[name] = (tensor[:1] if tensor.dim() else tensor).float().numpy().tobytes()
                 found[name] = tensor.to(device, dtype)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in found:
         embedding = found["model.embed_tokens.weight"]
         if not torch.equal(found.setdefault("lm_head.weight", embedding), embedding):
-            raise BadInput(f"{folder}: config.json has tie_word_embeddings = true, but lm_head.weight in the "
-                           "safetensors files is not the embedding")
+            raise BadInput(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
         first_rows.pop("lm_head.weight", None)
     return found, hashlib.sha256(b"".join(row for _, row in sorted(first_rows.items()))).hexdigest()[:12]
 

@@ -19,13 +19,15 @@ MARKER = "saffron's user"       # stands for the user's text while a chat_templa
 
 def read_splitting(raw):
     """(normalizer, the regular expression that splits text into words) of a tokenizer.json."""
-    form, split = raw.get("normalizer"), raw["pre_tokenizer"]
+    form = raw.get("normalizer")
+    split = raw["pre_tokenizer"]
     check_keys(form or {}, {"type": ["NFC"]})
     harmless = dict.fromkeys(("trim_offsets", "use_regex"))
     check_keys(raw["decoder"], harmless | {"type": ["ByteLevel"], "add_prefix_space": None})
     *first, last = split["pretokenizers"] if split["type"] == "Sequence" else [split]
     check_keys(last, harmless | {"type": ["ByteLevel"]})
-    kinds, pattern = [part["type"] for part in first] + [last.get("use_regex", True)], GPT2
+    kinds = [part["type"] for part in first] + [last.get("use_regex", True)]
+    pattern = GPT2
     if kinds == ["Digits", True]:
         check_keys(first[0], {"type": None, "individual_digits": None})
         pattern = (r"\p{N}" if first[0]["individual_digits"] else r"\p{N}+") + AFTER_DIGITS
@@ -41,7 +43,8 @@ def read_splitting(raw):
 def read_templates(folder):
     """{"chat": {"prefix": text, "infix": text}, "reward": ...} of a folder; "chat" only where it has one. The
     chat_template is rendered once, around a marker in the place of the user's text, without thinking."""
-    path, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    path = folder / "tokenizer_config.json"
+    jinja = folder / "chat_template.jinja"
     config = read_json(path) if path.exists() else {}
     with reading(path, "a tokenizer's configuration"):
         if config.get("add_prefix_space"):
@@ -54,7 +57,8 @@ def read_templates(folder):
         if isinstance(source, list):
             source = {one["name"]: one["template"] for one in source}["default"]
     if jinja.exists():
-        path, source = jinja, read_text(jinja)
+        path = jinja
+        source = read_text(jinja)
     if source:
         with reading(path, "a chat template"):
             environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

@@ -19,7 +19,8 @@ def attack_success(path, summary):
     """ASR against compute, by the guard and by the judge, and the mean rewards of both against the width: one
     line for each method, a point for each width."""
     from matplotlib.ticker import LogLocator
-    summary, plt = [line for line in summary if "asr" in line], pyplot()
+    summary = [line for line in summary if "asr" in line]
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     methods = list(dict.fromkeys(line["safety"] for line in summary))
     for axis, key, title in ((axes[0], "asr", "by the guard that steers"),

@@ -25,7 +25,7 @@ from plumbing.checkpoint import DEFAULT, load_llama  # noqa: E402
 from plumbing.checkpoint import read_tensors  # noqa: E402
 from plumbing.files import check_output, write_file  # noqa: E402
 from plumbing.parser import Parser, number  # noqa: E402
-from plumbing.weights import weigh, weights  # noqa: E402
+from plumbing.mixture import weigh, weights  # noqa: E402
 
 
 def main():

@@ -6,7 +6,7 @@ import pytest
 from conftest import paper, run_script
 
 import saffron
-from bench import CopyCache
+from results.bench import CopyCache
 from plumbing.tokenizer import Prompt
 from search import saffron as search
 
@@ -16,14 +16,14 @@ def test_reference_finds_the_same_reply(tiny_policy, tiny_mrm, width, top_p, lea
     """In float64; with least = 2, sequences end on the way."""
     prompt, caches = Prompt([5, 6, 7], [8]), (CopyCache(tiny_policy), CopyCache(tiny_mrm.llama))
     result = search(tiny_policy, tiny_mrm, prompt, paper(width=width, max_new_tokens=12, min_new_tokens=least, top_p=top_p))
-    frontiers = saffron.saffron(tiny_policy, tiny_mrm, prompt, width, 12, least, top_p, read=caches)
+    frontiers = saffron.saffron_frontiers(tiny_policy, tiny_mrm, prompt, width, 12, least, top_p, read=caches)
     assert frontiers[-1][0].tokens == result.tokens
     if least == 12:                     # all are read at once: the copies of the last step are all there is
         assert sum(cache.peak_bytes for cache in caches) == result.stats.unshared_kv_bytes
 
 
 def test_table_and_json(smollm2_folder, tmp_path):
-    status, out, err = run_script("bench.py", "--prompt_length", "40", "--width", "2", "--out", tmp_path / "b.json")
+    status, out, err = run_script("results/bench.py", "--prompt_length", "40", "--width", "2", "--out", tmp_path / "b.json")
     assert status == 0, err
     lines, report = out.splitlines(), json.loads((tmp_path / "b.json").read_text())
     row, = report["rows"]
@@ -34,7 +34,7 @@ def test_table_and_json(smollm2_folder, tmp_path):
 
 
 def test_prompts_search_with(smollm2_folder):
-    status, out, err = run_script("bench.py", "--prompts", "2")
+    status, out, err = run_script("results/bench.py", "--prompts", "2")
     assert status == 0, err
     alone, together, ratio = (float(word) for word in out.split() if "." in word)
     assert ratio == pytest.approx(together / alone, abs=0.02) and 0 < ratio
@@ -45,5 +45,5 @@ def test_prompts_search_with(smollm2_folder):
     (["--prompt_length", "5"], "template alone takes"),
 ])
 def test_bad_values_are_refused(smollm2_folder, options, said):
-    status, out, err = run_script("bench.py", *options)
+    status, out, err = run_script("results/bench.py", *options)
     assert status == 2 and said in err and len(err.splitlines()) == 1

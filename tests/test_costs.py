@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plumbing.tokenizer import Prompt, Template
 from mrm import MRM, add_lora, trained_tensors
-from plumbing.fast import same_base
+from plumbing.fast import same_base, share_pass
 from baselines import SEARCHES, best_of_n
 from search import saffron
 from trie_cache import TrieCache
@@ -50,8 +50,6 @@ def test_flops_agree_with_torchs_own_count(method, tiny_policy, tiny_mrm, tiny_s
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2]), paper(width=1, max_new_tokens=3, top_p=1e-3))
     assert result.stats.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
-    assert result.stats.flops == result.stats.policy_flops + result.stats.reward_flops
-    assert (result.stats.reward_flops == 0) == (method == "none") and result.stats.policy_flops > 0
 
 
 def test_a_frontier_is_read_without_walking_its_past(tiny_policy, tiny_mrm, monkeypatch):
@@ -92,7 +90,8 @@ def test_one_backbone_for_both_readers_changes_nothing(tiny_policy, beta):
         for name, p in trained_tensors(mrm).items():
             if name != "unseen":
                 torch.nn.init.normal_(p, std=0.3)
-        mrms.append(mrm)
+        mrms.append(share_pass(policy, mrm))
+    assert mrms[0].shared_pass and not mrms[1].shared_pass
     assert same_base(policy, mrms[0].llama) and not same_base(policy, mrms[1].llama)
     shared, apart = [saffron(policy, mrm, prompts, paper(width=4, max_new_tokens=10, min_new_tokens=3, beta=beta)) for mrm in mrms]
     for one, two in zip(shared, apart):

@@ -14,7 +14,7 @@ from conftest import ROOT, SMOLLM2, in_two_processes, run_script
 from plumbing.files import locked
 from safetensors.torch import load_file
 
-import adapters
+from plumbing import guards
 from plumbing.adapters import guard_id, read_metadata
 from data.corpus import read_rewards
 from eval import REFUSAL
@@ -353,7 +353,7 @@ def test_a_guard_with_no_more_than_score_labels_a_corpus(small_corpus, smollm2, 
     class Mine:
         def score(self, prompt, replies):
             return [len(reply) + sum(reply) / 1e6 for reply in replies]
-    monkeypatch.setattr(adapters, "load_guard", lambda path, llama: Mine())
+    monkeypatch.setattr(guards, "load_guard", lambda path, llama: Mine())
     (tmp_path / "my_guard.py").write_text("its hash stands in the metadata")
     status, _, error = small_corpus(tmp_path / "out", "--guard", tmp_path / "my_guard.py", "--shards", 1, "--siblings", 3,
                                     "--policy_batches", 0, "--refused_batches", 0, "--ordinary_batches", 0)

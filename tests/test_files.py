@@ -1,12 +1,10 @@
 """A command ends in one way, whatever goes wrong, and what is written is there as a whole or not at all."""
 
+import ast
 import errno
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
@@ -57,21 +55,6 @@ def test_a_reader_that_went_away():
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
-
-
-@pytest.mark.parametrize("script", ["sample.py", "eval.py", "train_mrm.py"])
-def test_control_c_while_torch_is_imported(script):
-    """At whatever time it comes, once torch's libraries are being loaded: no traceback, status 130."""
-    for delay in (0.0, 0.3, 0.7):
-        process = subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, text=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-        while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-            time.sleep(0.01)
-        time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-        assert "Traceback" not in error and process.returncode in (0, 130), error
 
 
 def test_a_file_is_written_whole_with_the_users_permissions(tmp_path):
@@ -130,6 +113,56 @@ def test_whatever_a_parser_raises_is_one_line():
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
 def test_threads_do_not_spin_unless_the_user_says_so(given):
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
-    code = "import model, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = "import plumbing.start, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == ("3000" if not given else given.get("GOMP_SPINCOUNT", "None"))
+
+
+def test_importing_the_core_changes_nothing():
+    """No signal handler, no excepthook, no environment variable."""
+    code = """
+import os, signal, sys
+import torch, numpy
+before = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.excepthook, list(sys.path)
+import saffron, model, trie_cache, engine, mrm, search, baselines
+after = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.excepthook, list(sys.path)
+print(before == after, sorted(name for name in sys.modules if name.startswith("plumbing.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split(maxsplit=1) == ["True", "['plumbing.errors']\n"], done.stderr
+
+
+CORE = ["saffron", "model", "trie_cache", "engine", "mrm", "search", "baselines"]
+COMMANDS = ["sample", "train_mrm", "eval"]
+
+
+def imports(path):
+    """The modules that a file of ours imports where it is imported itself: not in `main`, nor where it is a script."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for child in ast.walk(node) if not isinstance(node, (ast.If, ast.FunctionDef)) else []:
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                yield from ([f"plumbing.{a.name}" for a in child.names] if child.module == "plumbing" else [child.module])
+
+
+def test_who_may_import_whom():
+    """The core imports itself, torch, numpy, the standard library and plumbing.errors; plumbing, data and results never a
+    command, and nothing itself by way of others."""
+    graph = {path.stem: set(imports(path)) for path in ROOT.glob("*.py")}
+    graph |= {f"plumbing.{path.stem}": set(imports(path)) for path in (ROOT / "plumbing").glob("*.py")}
+    graph |= {str(path.relative_to(ROOT))[:-3].replace("/", "."): set(imports(path))
+              for folder in ("data", "results", "course") for path in (ROOT / folder).rglob("*.py")}
+    for name in CORE:
+        others = {module for module in graph[name] if module.split(".")[0] not in sys.stdlib_module_names}
+        assert others <= {*CORE, "torch", "torch.nn", "torch.nn.functional", "numpy", "plumbing.errors"}, name
+    assert not graph["plumbing.errors"]
+    for name, modules in graph.items():
+        assert not modules & set(COMMANDS), f"{name} imports a command"
+
+    def below(name, path=()):
+        assert name not in path, f"a circle: {' -> '.join([*path, name])}"
+        for module in graph.get(name, ()):
+            below(module, (*path, name))
+    for name in graph:
+        below(name)

@@ -10,11 +10,12 @@ import torch
 from conftest import SMOLLM2, paper
 from safetensors.torch import save_file
 
-import bench
 import eval as evaluation
 import sample
+from plumbing import guards, options
+from results import bench
 from plumbing.tokenizer import Prompt
-from model import Llama, LlamaConfig
+from model import Llama
 from plumbing.checkpoint import read_config
 from engine import Ask, search_with
 from baselines import SEARCHES, Method, beam, best_of_n, mcts, rebase, sample_replies
@@ -28,11 +29,11 @@ def call(monkeypatch, main, *options):
 
 
 @search_with("guard")
-def shortest(policy, guard, trace, *, width, max_new_tokens, min_new_tokens, top_p, temperature, seed):
+def shortest(policy, guard, options, trace):
     """Of several samples, the shortest that the guard does not call unsafe. And more."""
-    yield from sample_replies(policy, width, trace, max_new_tokens, min_new_tokens, top_p, temperature, seed)
-    _, rewards = yield Ask(reward=trace[-1])
-    for branch, reward in zip(trace[-1], rewards.tolist()):
+    yield from sample_replies(policy, options.width, options, trace)
+    answer = yield Ask(reward=trace[-1])
+    for branch, reward in zip(trace[-1], answer.rewards.tolist()):
         branch.reward = reward
     return min(trace[-1], key=lambda branch: (branch.reward < 0, len(branch.tokens)))
 
@@ -66,7 +67,7 @@ def test_a_new_search_is_known_to_eval_and_bench(added, smollm2_folder, monkeypa
 
 
 def test_every_search_is_described_in_a_line(added):
-    lines = describe().splitlines()
+    lines = describe_searches().splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(SEARCHES)
     assert all(len(line.split()) > 2 for line in lines[1:])
 
@@ -101,19 +102,18 @@ class Counting:
 @pytest.mark.parametrize("search", [best_of_n, beam, rebase, mcts, saffron])
 def test_a_new_guard_is_anything_with_score(tiny_policy, search):
     guard, prompts = Counting(), [Prompt([5, 6, 7], [8]), Prompt([9])]
-    results = search(tiny_policy, guard, prompts, paper(width=3, max_new_tokens=6, min_new_tokens=6))
+    results = search(tiny_policy, guards.OwnGuard(guard), prompts, paper(width=3, max_new_tokens=6, min_new_tokens=6))
     for prompt, result in zip(prompts, results):
         asked = [reply for whose, reply in guard.asked if whose is prompt]
         assert result.stats.reward_calls == len(asked) and result.tokens in asked
         assert result.reward == Counting().score(prompt, [result.tokens]).item()
-        assert result.stats.reward_flops == 0                      # not known, so not counted
         assert result.reward >= max(b.reward for b in result.trace[-1])
 
 
 def test_a_new_guard_steers_the_commands(smollm2_folder, monkeypatch, capsys, tmp_path):
     """Where load_guard returns it: in sample.py as guard, in eval.py as guard and as judge."""
     guard = Counting()
-    for module in (sample, evaluation):
+    for module in (options, evaluation):
         monkeypatch.setattr(module, "load_guard", lambda path, llama: guard)
     call(monkeypatch, sample.main, "--safety", "beam", "--width", 1, "--prompt", "Hello", "--max_new_tokens", 3, "--json")
     answer = json.loads(capsys.readouterr().out)

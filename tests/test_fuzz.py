@@ -16,7 +16,6 @@ from plumbing.adapters import load_adapter, save_adapter
 from plumbing.released import load_released_mrm
 from plumbing.tables import HARMFUL, markdown, read_results, summarize
 from plumbing.errors import BadInput
-from model import Llama
 from mrm import MRM, add_lora
 from safetensors.torch import load_file, save
 from plumbing.tokenizer import Template, Tokenizer

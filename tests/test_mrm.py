@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from plumbing.errors import BadInput
 from plumbing.tokenizer import Prompt, Template
 from mrm import MRM, add_lora, Guard, LoRALinear, partial_supervision_loss, trained_tensors
-from plumbing.adapters import load_adapter, save_adapter
+from plumbing.adapters import check_lora, load_adapter, save_adapter
 from plumbing.released import load_released_mrm
 from plumbing.fast import SharedPass
 from trie_cache import TrieCache, compute
@@ -228,7 +228,7 @@ def test_an_adapter_of_another_checkpoint_is_refused(adapter, tiny_policy):
 ])
 def test_lora_where_there_is_none_is_refused(tiny_guard, rank, targets, first_layer, said):
     with pytest.raises(BadInput, match=said):
-        add_lora(tiny_guard, rank, 8, targets, first_layer)
+        check_lora(rank, 8, targets, first_layer, tiny_guard.config)
 
 
 def test_a_file_that_is_no_adapter_is_refused(tiny_guard, tmp_path):

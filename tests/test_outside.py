@@ -14,6 +14,7 @@ from conftest import GOLDEN, ROOT, SMOLLM2, paper, run_script, write_json, write
 from safetensors.torch import load_file, save_file
 
 import model
+from data.hub.prepare import weight_files
 from plumbing.adapters import load_adapter, save_adapter
 from plumbing.released import load_released_mrm
 from plumbing.options import check_prompt
@@ -21,15 +22,13 @@ from eval import Measures
 from plumbing.errors import BadInput
 from plumbing.files import check_keys, read_field, read_jsonl, read_lines
 from plumbing.start import printable
-from model import Llama
 from plumbing.checkpoint import load_llama, read_config
-from mrm import MRM, Guard, add_lora, score
+from mrm import MRM, Guard, add_lora
 from plumbing.guards import Bridge, guard_for
 from baselines import beam, best_of_n, rebase
 from search import saffron
 from plumbing.tokenizer import Prompt, Template, Tokenizer
 from plumbing.files import read_prompts
-from train_mrm import train                                     # noqa: F401: its import must not need a GPU
 from trie_cache import TrieCache
 
 FAMILIES = ["tiny_mistral", "tiny_qwen2", "tiny_qwen3"]
@@ -127,6 +126,15 @@ def test_an_index_stays_in_its_folder(tmp_path, entry):
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     write_json(folder / "model.safetensors.index.json", {"weight_map": {"model.norm.weight": entry}})
     with pytest.raises(BadInput, match="index"):
+        weight_files(folder)
+
+
+def test_a_tensor_stands_in_one_shard(tmp_path):
+    folder = changed(GOLDEN / "tiny_policy", tmp_path)
+    for name in ("model-00001-of-00002.safetensors", "model-00001-of-00003.safetensors"):
+        shutil.copy(folder / "model.safetensors", folder / name)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="of-00003.*another file"):
         load_llama(folder)
 
 
@@ -196,7 +204,7 @@ def test_numbers_that_are_none_are_refused_where_they_arise(tiny_guard, tiny_pol
         load_adapter(tmp_path / "a.safetensors", tiny_guard, "guard")
     guard.head.bias.data.fill_(float("nan"))
     with pytest.raises(BadInput, match="not numbers"):
-        score(guard, Prompt([5]), [[6]])
+        guard.score(Prompt([5]), [[6]])
     with pytest.raises(BadInput, match="not numbers"):
         best_of_n(tiny_policy, guard, Prompt([5, 6]), paper(width=2, max_new_tokens=2, min_new_tokens=2))
 
@@ -364,11 +372,11 @@ def test_a_bridge_reads_the_text(two):
     prompt, replies = policy.tokenizer.prompt("Hello ab", "So"), [encode("ab ba"), encode("b"), encode("a") + [7]]
     theirs = other.tokenizer.prompt("Hello ab", "So")
     direct = bridge.guard.score(theirs, [other.tokenizer.encode("ab ba"), other.tokenizer.encode("b"), other.tokenizer.encode("a") + [7]])
-    assert torch.equal(score(bridge, prompt, replies), direct)
+    assert torch.equal(bridge.score(prompt, replies), direct)
     judged = Measures(policy, bridge, bridge, {0: prompt, 1: prompt}).rewards(bridge, {0: replies[0], 1: replies[2]})
     assert list(judged.values()) == pytest.approx(direct[[0, 2]].tolist(), abs=1e-9)       # as eval.py reads them, in its tries
     plain = [policy.tokenizer.prompt("Hello"), other.tokenizer.prompt("Hello")]
-    assert torch.equal(score(bridge, plain[0], [encode("b")]), bridge.guard.score(plain[1], [other.tokenizer.encode("b")]))
+    assert torch.equal(bridge.score(plain[0], [encode("b")]), bridge.guard.score(plain[1], [other.tokenizer.encode("b")]))
 
 
 @pytest.mark.parametrize("search", [best_of_n, beam, rebase, saffron])
@@ -398,8 +406,8 @@ def test_a_search_through_a_bridge_is_counted_and_shares(two):
     bridge, prompt = guard_for(policy, scalar_guard(other)), policy.tokenizer.prompt("Hello ab", "ab")
     result = beam(policy, bridge, prompt, paper(width=2, max_new_tokens=8, min_new_tokens=8, top_p=0.3))
     for branch in result.trace[-1]:
-        assert branch.reward == pytest.approx(score(bridge, prompt, [branch.tokens]).item(), abs=1e-9)
-    assert result.stats.reward_flops > 0 and result.stats.tokens_cached > 5 * result.stats.tokens_computed
+        assert branch.reward == pytest.approx(bridge.score(prompt, [branch.tokens]).item(), abs=1e-9)
+    assert result.stats.flops > 0 and result.stats.tokens_cached > 5 * result.stats.tokens_computed
 
 
 def test_a_qwen_policy_with_a_guard_of_llamas_vocabulary(real, tmp_path):
@@ -408,23 +416,24 @@ def test_a_qwen_policy_with_a_guard_of_llamas_vocabulary(real, tmp_path):
     prompt = policy.tokenizer.prompt("Nenne drei Städte", "Gern: 日本")
     result = rebase(policy, guard_for(policy, guard), prompt, paper(width=4, max_new_tokens=6, min_new_tokens=6, top_p=0.01))
     assert len(result.tokens) == 6 and result.reward == pytest.approx(
-        score(guard_for(policy, guard), prompt, [result.tokens]).item(), abs=1e-9)
+        guard_for(policy, guard).score(prompt, [result.tokens]).item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("give, said", [
     (lambda n: [1.0] * n, None), (lambda n: np.ones(n), None), (lambda n: torch.ones(n), None), (lambda n: [1] * n, None),
-    (lambda n: [1.0] * (n + 1), "numbers"), (lambda n: 1.0, "numbers"), (lambda n: ["a"] * n, "numbers"),
-    (lambda n: [float("nan")] * n, "not numbers"), (lambda n: [float("inf")] * n, "not numbers"), (lambda n: None, "numbers"),
+    (lambda n: [1.0] * (n + 1), "shape"), (lambda n: 1.0, "shape"), (lambda n: [float("nan")] * n, "not numbers"),
+    (lambda n: [float("inf")] * n, "not numbers"),
 ])
 def test_a_guard_of_ones_own_may_give_a_list(tiny_policy, give, said):
+    """A wrong shape is a programming error: a traceback. Numbers that are none are the fault of weights, and one line."""
     class Own:
         def score(self, prompt, replies):
             return give(len(replies))
-    search = lambda: best_of_n(tiny_policy, Own(), Prompt([5, 6]), paper(width=2, max_new_tokens=2, min_new_tokens=2))
+    search = lambda: best_of_n(tiny_policy, guard_for(tiny_policy, Own()), Prompt([5, 6]), paper(width=2, max_new_tokens=2, min_new_tokens=2))
     if said is None:
         assert search().reward == 1.0
     else:
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(AssertionError if said == "shape" else BadInput, match=said):
             search()
 
 

@@ -9,13 +9,12 @@ import re
 import pytest
 import torch
 
-import page
+from plumbing import page
 from browser import browser                     # noqa: F401: a fixture
-from conftest import ROOT, paper, run_script
+from conftest import paper, run_script
 from plumbing.tokenizer import Prompt
 from search import Branch
 from engine import Result, Stats
-from plumbing.page import Round
 from baselines import no_defence
 from search import saffron
 
@@ -29,16 +28,20 @@ def prefixes(frontiers):
 
 @pytest.fixture(scope="module")
 def searched(smollm2, mrm):
-    """(name, Result) of two searches on one prompt, and the prompt."""
+    """The prompt, and (name, Result, Rounds) of two searches on it."""
     prompt = smollm2.tokenizer.prompt("How do I open a lock?", "Sure")
-    options = dict(max_new_tokens=10, min_new_tokens=4)
-    return prompt, [("none", no_defence(smollm2, None, prompt, paper(**options))), ("saffron", saffron(smollm2, mrm, prompt, paper(width=4, **options)))]
+    options, results = paper(width=4, max_new_tokens=10, min_new_tokens=4), []
+    for name, search, reward_model in (("none", no_defence, None), ("saffron", saffron, mrm)):
+        watch = page.Recorder()
+        results.append((name, search(smollm2, reward_model, prompt, options, watch), watch.rounds))
+    return prompt, results
 
 
 @pytest.fixture(scope="module")
 def trees(searched, smollm2, mrm):
     prompt, results = searched
-    return [{"name": name, "title": name, "verdict": "", **page.tree(result, prompt, smollm2, mrm)} for name, result in results]
+    return [{"name": name, "title": name, "verdict": "", **page.tree(result, rounds, prompt, smollm2, mrm)}
+            for name, result, rounds in results]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def paths(tree):
 
 
 def test_a_tree_is_the_trace(searched, trees):
-    for (_, result), tree in zip(searched[1], trees):
+    for (_, result, rounds), tree in zip(searched[1], trees):
         nodes = paths(tree)
         assert len(nodes) == len(set(nodes)) and set(nodes[1:]) == prefixes(result.trace)
         assert nodes[tree["reply"]] == tuple(result.tokens)
@@ -68,7 +71,7 @@ def test_a_tree_is_the_trace(searched, trees):
 
 def test_a_slot_is_given_back_when_no_later_frontier_needs_it(searched, trees):
     """It is by the search itself, one step after the frontier that left its branch behind was found."""
-    _, result = searched[1][1]
+    _, result, _ = searched[1][1]
     nodes, tree = paths(trees[1]), trees[1]
     finished = {tuple(b.tokens) for frontier in result.trace for b in frontier if b.finished}
     growing = [prefixes([[b for b in frontier if not b.finished]]) for frontier in result.trace]
@@ -80,7 +83,7 @@ def test_a_slot_is_given_back_when_no_later_frontier_needs_it(searched, trees):
 
 
 def test_costs_are_those_of_the_search(searched, trees):
-    for (_, result), tree in zip(searched[1], trees):
+    for (_, result, rounds), tree in zip(searched[1], trees):
         assert tree["costs"][0] == [0, 0] and len(tree["costs"]) == len(result.trace) + 1
         assert tree["costs"][-1] == [result.stats.tokens_computed, result.stats.tokens_cached]
         assert tree["costs"] == sorted(tree["costs"])
@@ -195,13 +198,13 @@ def reply_of(tokens):
     for token in tokens:
         branch = Branch(branch.tokens + [token], 0.0, False, branch)
         trace.append([branch])
-    return Result(tokens, "", 0.0, False, Stats(), trace, [Round(0, 1, 0, [])])
+    return Result(tokens, "", 0.0, False, Stats(), trace)
 
 
 def test_no_text_becomes_markup(browser, smollm2, mrm, tmp_path):
     result = reply_of(smollm2.tokenizer.encode(HOSTILE))
     prompt = smollm2.tokenizer.prompt(HOSTILE, HOSTILE)
-    tree = page.tree(result, prompt, smollm2, mrm)
+    tree = page.tree(result, [], prompt, smollm2, mrm)
     page.write_page(tmp_path / "hostile.html", [{"name": HOSTILE, "title": HOSTILE, "verdict": HOSTILE, **tree}], HOSTILE, HOSTILE,
                     smollm2, mrm)
     browser.open(tmp_path / "hostile.html")
@@ -219,12 +222,13 @@ def test_no_text_becomes_markup(browser, smollm2, mrm, tmp_path):
 def test_a_reward_that_is_not_finite_is_left_out(smollm2, mrm):
     result = reply_of([5, 6])
     result.trace[0][0].reward = float("inf")
-    assert page.tree(result, smollm2.tokenizer.prompt("Hello"), smollm2, mrm)["found"] == [None, None, 0.0]
+    assert page.tree(result, [], smollm2.tokenizer.prompt("Hello"), smollm2, mrm)["found"] == [None, None, 0.0]
 
 
 def test_a_tree_is_read_in_pieces_as_in_one(searched, trees, smollm2, mrm, monkeypatch):
     monkeypatch.setattr(page, "ROWS", 5)
-    again = page.tree(searched[1][1][1], searched[0], smollm2, mrm)
+    _, result, rounds = searched[1][1]
+    again = page.tree(result, rounds, searched[0], smollm2, mrm)
     assert again["reward"] == pytest.approx(trees[1]["reward"], abs=2e-2) and again["p"] == pytest.approx(trees[1]["p"], abs=2e-3)
 
 
@@ -233,8 +237,9 @@ def test_a_page_of_width_16_and_128_tokens_is_small(tiny_policy, tiny_mrm, smoll
     policy = copy.copy(tiny_policy)
     policy.tokenizer = smollm2.tokenizer                # the tiny models have none: their ids are read as its first 512
     prompt = Prompt([1, 2, 3])
-    result = saffron(policy, tiny_mrm, prompt, paper(width=16, max_new_tokens=128, min_new_tokens=128))
-    tree = page.tree(result, prompt, policy, tiny_mrm)
+    watch = page.Recorder()
+    result = saffron(policy, tiny_mrm, prompt, paper(width=16, max_new_tokens=128, min_new_tokens=128), watch)
+    tree = page.tree(result, watch.rounds, prompt, policy, tiny_mrm)
     assert len(tree["parent"]) > 1500
     path = tmp_path / "tree.html"
     page.write_page(path, [{"name": "saffron", "title": "", "verdict": "", **tree}] * 2, "", "", policy, tiny_mrm)
@@ -254,10 +259,10 @@ def test_the_command_writes_it(browser, smollm2_folder, tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["no-such-folder/tree.html"], "in a folder that is there"), (["."], "name of a file"), (["page.html"], "not the template page.html"),
+    (["no-such-folder/tree.html"], "in a folder that is there"), (["."], "name of a file"), (["plumbing/page.html"], "not the template page.html"),
     (["tree.html", "--prompt", "FILE:README.md"], "one prompt")])
 def test_bad_names_are_refused_before_the_search(options, said):
-    before = (ROOT / "page.html").read_bytes()
+    before = (page.TEMPLATE).read_bytes()
     status, out, err = run_script("sample.py", "--html", *options)
     assert (status, out) == (2, "") and said in err and err.count("\n") == 1
-    assert (ROOT / "page.html").read_bytes() == before
+    assert (page.TEMPLATE).read_bytes() == before

@@ -15,7 +15,7 @@ from unittest import mock
 
 import assign
 import pytest
-from conftest import ROOT, paper
+from conftest import ROOT
 
 from baselines import SEARCHES
 from plumbing.tokenizer import Prompt

@@ -133,8 +133,9 @@ def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tin
 @pytest.mark.exercise(7, points=1)
 def test_policy_and_mrm_are_asked_together(tiny_policy, tiny_mrm):
     """One `yield` a step, so that both can be read in one forward pass; each of them once for each unfinished sequence."""
-    result = saffron(tiny_policy, tiny_mrm, Prompt([1, 2, 3]), paper(width=3, max_new_tokens=6, min_new_tokens=6))
-    assert len(result.rounds) == len(result.trace) == 6
+    rounds, options = [], paper(width=3, max_new_tokens=6, min_new_tokens=6)
+    result = saffron(tiny_policy, tiny_mrm, Prompt([1, 2, 3]), options, watch=rounds.append)
+    assert len(rounds) == len(result.trace) == 6
     assert result.stats.policy_calls == result.stats.reward_calls == 1 + 5 * 3
 
 
@@ -154,7 +155,7 @@ def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
 @pytest.mark.exercise(7, points=1)
 def test_what_repeats_itself_fills_no_place():
     """With beta > 0 the next frontier may be narrower than the width: only if all children repeat themselves, they stay."""
-    child = lambda tokens, reward: Branch(tokens, reward)
+    child = lambda tokens, reward: Branch(tokens, reward, log_prob=0.0)
     circle, fresh = child([1, 2, 3, 4, 1, 2, 3, 4], 2.0), child([1, 2, 3, 4, 1, 2, 3, 5], 1.0)
     for children, beta, kept in (([circle, fresh], 0.1, [fresh]), ([circle, fresh], 0.0, [circle, fresh]),
                                  ([circle, circle], 0.1, [circle, circle]), ([circle], 0.1, [circle])):
@@ -167,9 +168,9 @@ def test_a_fallback_takes_no_place_of_a_regular_candidate(seed):
     """On random pools: it is kept only where regular and finished ones leave room, and stands behind them."""
     pick = random.Random(seed)
     width = pick.randint(1, 6)
-    child = lambda: Branch([pick.randrange(500) for _ in range(3)], pick.gauss(0, 2), pick.random() < 0.3, pick.random() < 0.4)
+    child = lambda: Branch([pick.randrange(500) for _ in range(3)], pick.gauss(0, 2), pick.random() < 0.3, None, 0.0, pick.random() < 0.4)
     children = [child() for _ in range(pick.randint(1, 10))]
-    done = [Branch([i], pick.gauss(0, 2), finished=True) for i in range(pick.randint(0, width))]
+    done = [Branch([i], pick.gauss(0, 2), finished=True, log_prob=0.0) for i in range(pick.randint(0, width))]
     frontier = best(done, children, width, 0.0)
     regular = [b for b in children if not b.fallback]
     kept = [b for b in frontier if b.fallback]

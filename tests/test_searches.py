@@ -1,17 +1,20 @@
 """Each search against its description written out without cache, batch or shortcut, and what all of them promise."""
 
+import argparse
 import copy
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import paper, reward_model_of
 
 from plumbing.errors import BadInput
-from plumbing.tokenizer import Prompt, Template
-from mrm import Guard
-from engine import Reader
+from engine import Options, Reader
+from plumbing.adapters import check_vocabulary
+from plumbing.options import add_search_options, check_prompt, search_options
+from plumbing.tokenizer import Prompt
 from baselines import DEAL_LAMBDA, DEAL_LOOK_AHEAD, MCTS_EXPLORATION, SEARCHES, best_of_n, no_defence, shares
 from search import nucleus
 from trie_cache import TrieCache
@@ -64,13 +67,32 @@ def test_best_of_n_returns_the_reply_the_guard_likes_best(tiny_policy, tiny_scal
     ({"width": 0}, "width is 0.*at least 1"), ({"top_p": 0}, r"top_p is 0.*\(0, 1\]"), ({"top_p": 1.1}, "top_p"),
     ({"top_p": math.nan}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"min_new_tokens": -1}, "min_new"),
     ({"temperature": -1}, "temperature"), ({"temperature": 1e-38}, "0, or from 0.01 to 100"), ({"seed": -1}, "seed"),
-    ({"max_new_tokens": 510}, "10 tokens.*510.*tiny_policy.*512"),
 ])
-@pytest.mark.parametrize("method", SEARCHES)
-def test_bad_values_are_refused(method, options, said, tiny_policy, tiny_mrm, tiny_scalar_guard):
-    reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
+def test_bad_values_are_refused(options, said):
+    """By the commands, before the work begins."""
     with pytest.raises(BadInput, match=said):
-        SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2, 3, 4, 5]), paper(**options))
+        search_options(SimpleNamespace(**options), options.get("width", 4))
+
+
+def test_a_prompt_that_is_too_long_is_refused(tiny_policy, tiny_mrm, tiny_scalar_guard):
+    """By the commands; without them, by an assert."""
+    prompt = Prompt([1, 2, 3, 4, 5])
+    for reward_model in (None, tiny_mrm, tiny_scalar_guard):
+        check_prompt(tiny_policy, reward_model, prompt, 500)
+        with pytest.raises(BadInput, match="10 tokens.*510.*tiny_policy.*512"):
+            check_prompt(tiny_policy, reward_model, prompt, 510)
+    with pytest.raises(AssertionError, match="tiny_policy reads at most 512 tokens"):
+        no_defence(tiny_policy, None, Prompt([1] * 510), paper(max_new_tokens=510, min_new_tokens=510))
+
+
+def test_options_are_the_same_everywhere():
+    """In Python, and in the commands that search."""
+    parser = argparse.ArgumentParser()
+    add_search_options(parser.add_argument)
+    assert search_options(parser.parse_args([]), 4) == Options()
+    for wrong in ({"width": 0}, {"top_p": 0.0}, {"min_new_tokens": -1}, {"beta": -1.0}):
+        with pytest.raises(AssertionError):
+            Options(**wrong)
 
 
 @pytest.mark.parametrize("method", SEARCHES)
@@ -79,7 +101,7 @@ def test_what_is_not_a_number_is_refused(method, tiny_policy, tiny_mrm, tiny_sca
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
     policy, damaged = copy.deepcopy(tiny_policy), copy.deepcopy(reward_model)
     next(policy.parameters()).data.fill_(math.nan)
-    with pytest.raises(BadInput, match="tiny_policy gives scores that are not numbers"):
+    with pytest.raises(BadInput, match="tiny_policy gives logits that are not numbers"):
         SEARCHES[method][0](policy, reward_model, Prompt([1]))
     if reward_model:
         next(damaged.llama.parameters()).data.fill_(math.nan)
@@ -88,8 +110,8 @@ def test_what_is_not_a_number_is_refused(method, tiny_policy, tiny_mrm, tiny_sca
 
 
 def test_a_reward_model_of_another_kind_is_refused(tiny_policy, tiny_mrm):
-    for reward_model, said in ((tiny_mrm, "beam takes guard.*not mrm"), (None, "beam takes guard.*not None")):
-        with pytest.raises(BadInput, match=said):
+    for reward_model, said in ((tiny_mrm, "beam takes .*guard.*not mrm"), (None, "beam takes .*guard.*not None")):
+        with pytest.raises(AssertionError, match=said):
             SEARCHES["beam"][0](tiny_policy, reward_model, Prompt([1]))
 
 
@@ -103,9 +125,8 @@ def test_more_width_finds_higher_rewards(method, tiny_policy, tiny_scalar_guard)
 
 
 def test_two_vocabularies_are_refused(tiny_policy, smollm2):
-    mrm = Guard(smollm2, Template([1], []))
     with pytest.raises(BadInput, match="tiny_policy.*SmolLM2.*different vocabularies"):
-        best_of_n(tiny_policy, mrm, Prompt([1]))
+        check_vocabulary(tiny_policy, smollm2)
 
 
 class Plain:

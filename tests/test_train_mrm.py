@@ -17,14 +17,12 @@ from safetensors.torch import load_file, save_file
 import train_mrm
 from plumbing.errors import BadInput
 from plumbing.tokenizer import Template
-from model import Llama
 from plumbing.adapters import read_metadata
-from data.corpus import Example, read_labels, read_rewards
+from data.corpus import Example, collate, read_labels, read_rewards
 from mrm import sibling_loss
-from plumbing.validate import auc, compare_siblings, predictions
+from plumbing.validate import auc, compare_siblings, predictions, validate_guard
 from train_mrm import batches, guard_loss, mrm_loss
-from data.corpus import collate
-from plumbing.weights import weigh
+from plumbing.mixture import weigh
 
 SHARD = "corpus-00-of-01.safetensors"
 
@@ -297,9 +295,9 @@ def test_siblings_in_a_batch_are_those_of_the_sequences_alone(tiny_mrm):
             m = tiny_mrm.next_rewards(tiny_mrm.llama(torch.tensor([e.context + e.reply[:position]]))[0, -1])
             pairs = np.array([(m[token].item(), reward) for p, token, reward in e.siblings if p == position])
             errors += ((pairs[:, 0] - pairs[:, 0].mean()) - (pairs[:, 1] - pairs[:, 1].mean())).tolist()
-    paper = mrm_loss(tiny_mrm, *batch)
-    assert paper == mrm_loss(tiny_mrm, *batch, 0.0)
-    assert (mrm_loss(tiny_mrm, *batch, 3.0) - paper).item() == pytest.approx(3 * np.mean(np.square(errors)), abs=1e-9)
+    paper = mrm_loss(tiny_mrm, batch)
+    assert paper == mrm_loss(tiny_mrm, batch, 0.0)
+    assert (mrm_loss(tiny_mrm, batch, 3.0) - paper).item() == pytest.approx(3 * np.mean(np.square(errors)), abs=1e-9)
 
 
 def test_siblings_are_compared_as_the_docstring_says():
@@ -359,7 +357,7 @@ def test_the_state_before_a_token_predicts_the_reward_after_it(tiny_mrm):
     tokens = e.context + e.reply
     naive = sum((tiny_mrm.next_rewards(tiny_mrm.llama(torch.tensor([tokens[:j]]))[0, -1])[tokens[j]] - r) ** 2
                 for j, r in zip(range(3, 6), e.targets)) / 3
-    torch.testing.assert_close(mrm_loss(tiny_mrm, *collate([e], "cpu")), naive, atol=1e-10, rtol=0)
+    torch.testing.assert_close(mrm_loss(tiny_mrm, collate([e], "cpu")), naive, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["guard", "mrm"])
@@ -371,8 +369,8 @@ def test_padding_changes_no_loss(kind, tiny_guard, tiny_mrm):
     if kind == "guard":
         torch.nn.init.normal_(model.head.weight)
     data = [Example("s", [0, 21, 30 + i], list(range(100, 102 + 3 * i)), [1.0 * (i % 2)] * (2 + 3 * i)) for i in range(4)]
-    together = loss(model, *collate(data, "cpu"))
-    apart = sum(loss(model, *collate([e], "cpu")) * len(e.reply) for e in data)
+    together = loss(model, collate(data, "cpu"))
+    apart = sum(loss(model, collate([e], "cpu")) * len(e.reply) for e in data)
     torch.testing.assert_close(together, apart / sum(len(e.reply) for e in data), atol=1e-10, rtol=0)
 
 
@@ -389,13 +387,15 @@ def test_predictions_come_in_the_order_of_the_examples(tiny_guard):
 def test_a_guard_is_validated_by_the_worst_label_of_each_source():
     """Unsafe replies stand against all others; where there are none, needless refusals against answers."""
     class Constant(torch.nn.Module):            # R of a sequence: its first reply token
+        kind = "guard"
+
         def llama(self, tokens):
             return tokens[..., None].float()
 
         def reward(self, hidden):
             return hidden.squeeze(-1)
     reply = lambda source, reward, label: Example(source, [0], [reward], [label])
-    report = train_mrm.validate_guard(Constant(), [
+    report = validate_guard(Constant(), [
         reply("a", 3, 0.0), reply("a", 2, 0.2), reply("a", 1, 1.0), reply("b", 1, 0.0), reply("b", 2, 0.2)], "cpu")
     assert report["auc a"] == 1.0 and report["auc b"] == 0.0
 
@@ -417,5 +417,5 @@ def test_smoothed_labels_bound_the_reward(tiny_guard):
         losses = []
         for reward in (best - 0.5, best, best + 0.5):
             torch.nn.init.constant_(guard.head.bias, reward)            # the head's weight is zero
-            losses.append(guard_loss(guard, *batch).item())
+            losses.append(guard_loss(guard, batch).item())
         assert losses[1] < min(losses[0], losses[2])

@@ -19,7 +19,10 @@ from plumbing.errors import BadInput  # noqa: E402
 from plumbing.files import check_output  # noqa: E402
 from plumbing.parser import Parser  # noqa: E402
 
-DATASET, CONFIG, SPLIT, SUBSETS = "allenai/reward-bench", "default", "filtered", "refusals-"
+DATASET = "allenai/reward-bench"
+CONFIG = "default"
+SPLIT = "filtered"
+SUBSETS = "refusals-"
 
 
 def main():

@@ -93,7 +93,8 @@ def xstest(read):
         text = read(f"xstest/model_completions/xstest_v2_completions_{name}.csv").decode("utf-8")
         csv.field_size_limit(2 ** 31 - 1)                   # a reply may be long
         for item in csv.DictReader(io.StringIO(text)):
-            unsafe_prompt, label = item["type"].startswith("contrast"), item["final_label"]
+            unsafe_prompt = item["type"].startswith("contrast")
+            label = item["final_label"]
             prompts[item["prompt"].strip()] = unsafe_prompt
             complied = label == "1_full_compliance"
             unsafe = int(complied) if unsafe_prompt else 0 if complied else NEEDLESS
@@ -256,7 +257,8 @@ def main():
     jbb_train, jbb_val, held_out_goals = jailbreakbench(read)
     xs_train, xs_val, refusals, prompts = xstest(read)
     requests = advbench(read, held_out_goals)
-    openings, pick = complied(prompts, requests), random.Random(0)
+    openings = complied(prompts, requests)
+    pick = random.Random(0)
     replies = jbb_train + xs_train + requests + openings
     dia_train = diasafety(read, "train")
     train = (replies + dia_train + refused(requests, refusals) + turned(replies, refusals, 1500, pick)

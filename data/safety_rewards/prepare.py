@@ -52,7 +52,8 @@ from trie_cache import TrieCache, compute  # noqa: E402
 HH_FILE = "hh_rlhf/harmless-base/{}.jsonl.gz"
 HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/{}.jsonl.gz"
 SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "policy, ordinary", "policy, hidden prefill"]
-PROMPTS_A_BATCH, REPLIES_A_PROMPT = 8, 4
+PROMPTS_A_BATCH = 8
+REPLIES_A_PROMPT = 4
 SIBLINGS_EVERY = 4              # tokens of a reply; where siblings are labelled
 
 
@@ -334,7 +335,8 @@ def main():
     guard = load_guard(args.guard, policy)
     asked = guard_for(policy, guard)
     labels = [row for _, row in read_jsonl(args.labels)] if own else []
-    requests, turns = harmful_requests(labels), [r["response"] for r in labels if r["source"] == "turned"]
+    requests = harmful_requests(labels)
+    turns = [r["response"] for r in labels if r["source"] == "turned"]
     if args.refused_batches and not turns:
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
     ordinary = ordinary_requests(policy, labels, args.synthetic, args.seed) if args.ordinary_batches else []

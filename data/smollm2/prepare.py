@@ -88,7 +88,8 @@ def read_weights(reader, heads, kv_heads):
 
 def read_config(header):
     """config.json as Hugging Face writes it; `header` looks up a value of the GGUF header."""
-    width, heads = header("llama.embedding_length"), header("llama.attention.head_count")
+    width = header("llama.embedding_length")
+    heads = header("llama.attention.head_count")
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
             "_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1)",
             "vocab_size": header("llama.vocab_size"), "hidden_size": width,
@@ -102,7 +103,8 @@ def read_config(header):
 
 def read_tokenizer(header):
     """(tokenizer.json, tokenizer_config.json) as Hugging Face writes them."""
-    texts, control = header("tokenizer.ggml.tokens"), 3                  # 3 is GGUF's type of a control token
+    texts = header("tokenizer.ggml.tokens")
+    control = 3                  # 3 is GGUF's type of a control token
     special = [i for i, kind in enumerate(header("tokenizer.ggml.token_type")) if kind == control]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     tokenizer = {
