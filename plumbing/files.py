@@ -71,10 +71,11 @@ def reading(path, expected="a readable file"):
         with parsing(path, expected):
             yield
     except BadInput:
+        start = b""
         with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                said = f"{path}: is a Git LFS pointer, not the file itself; run: git lfs pull"
-                raise BadInput(said) from None
+            start = file.read(40)
+        if start.startswith(b"version https://git-lfs"):
+            raise BadInput(f"{path}: is a Git LFS pointer, not the file itself; run: git lfs pull") from None
         raise
 
 

@@ -101,6 +101,7 @@ def test_unmarked_tests_are_left_out(student):
     assert "plain_saffron_step" not in text
 
 
+@pytest.mark.slow
 def test_grading_prints_points_and_what_else_is_needed(student):
     outcomes, out = run_tests(student, "--exercise", "7")
     total = sum(points for _, points, _ in assign.tests_of(7))
@@ -110,6 +111,7 @@ def test_grading_prints_points_and_what_else_is_needed(student):
     assert {name.partition("[")[0] for name in outcomes} == {name for name, _, _ in assign.tests_of(7)}
 
 
+@pytest.mark.slow
 def test_a_module_that_ends_the_program_is_0_points(tmp_path):
     """pytest alone would end without a word, and with status 0."""
     assign.write_copy(tmp_path / "copy", [4])

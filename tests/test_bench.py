@@ -22,6 +22,7 @@ def test_reference_finds_the_same_reply(tiny_policy, tiny_mrm, width, top_p, lea
         assert sum(cache.peak_bytes for cache in caches) == result.stats.unshared_kv_bytes
 
 
+@pytest.mark.slow
 def test_table_and_json(smollm2_folder, tmp_path):
     status, out, err = run_script("results/bench.py", "--prompt_length", "40", "--width", "2", "--out", tmp_path / "b.json")
     assert status == 0, err
@@ -33,6 +34,7 @@ def test_table_and_json(smollm2_folder, tmp_path):
     assert row["KV MB"] < row["copies MB"] and row["ratio"] == row["seconds"] / row["copies"]
 
 
+@pytest.mark.slow
 def test_prompts_search_with(smollm2_folder):
     status, out, err = run_script("results/bench.py", "--prompts", "2")
     assert status == 0, err

@@ -242,6 +242,7 @@ def test_the_last_turn_of_a_dialogue(smollm2, tmp_path):
 REQUESTS = [(f"Request {i}", "Sure, here is how to do what you have asked me for", i == 2) for i in range(4)]
 
 
+@pytest.mark.slow
 def test_the_policys_own_replies(smollm2):
     """A prefill from the opening, then perhaps the beginning of a refusal, then what the policy makes of it."""
     sample = script("safety_rewards").sample_batch
@@ -260,6 +261,7 @@ def test_the_policys_own_replies(smollm2):
         assert row["reply"][prefill] == turn[0]
 
 
+@pytest.mark.slow
 def test_ordinary_requests(smollm2):
     """Safe questions with the opening of an answer, never unsafe ones; and requests that the policy makes up."""
     labels = [{"source": "opening", "prompt": "How do I kill a process?", "response": "To kill a process, you", "unsafe": 0},
@@ -293,6 +295,7 @@ def contents(folder):
     return {path.name: (values(path), read_metadata(path)) for path in folder.glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_path):
     """The same replies; and the shards hold the guard's rewards of them."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -317,6 +320,7 @@ def test_two_processes_make_the_shards_of_one(small_corpus, smollm2, guard, tmp_
         assert guard.reward(hidden).tolist() == pytest.approx(example.targets, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_siblings_and_hidden_prefills(smollm2, guard, tmp_path):
     """Up to k tokens of the policy's nucleus, the likeliest first, with R of what they would make of the reply; a reply
     once more from after its prefill on, which the policy alone has read. A shard gives them back as they were."""
@@ -366,6 +370,7 @@ def test_a_guard_with_no_more_than_score_labels_a_corpus(small_corpus, smollm2, 
         assert [r for *_, r in e.siblings] == pytest.approx(Mine().score(None, [e.reply[:p] + [t] for p, t, _ in e.siblings]))
 
 
+@pytest.mark.slow
 def test_only_missing_shards_are_made(small_corpus, tmp_path):
     out = tmp_path / "corpus"
     few = ["--policy_batches", 1, "--refused_batches", 0, "--ordinary_batches", 0]
@@ -387,7 +392,7 @@ def test_only_missing_shards_are_made(small_corpus, tmp_path):
 def test_prompts_of_our_own():
     """180 harmful ones over twelve categories and 180 harmless ones, half of them look-alikes; dev, test and what the guard
     learns from have none in common, and eval.py reads them all."""
-    from data.corpus import read_attacks
+    from eval import read_attacks
     rows = {}
     for name in ("harmful_dev", "harmful_test", "harmless_dev", "harmless_test"):
         path = ROOT / "data" / "prompts" / f"{name}.jsonl"

@@ -15,11 +15,12 @@ from conftest import ROOT, in_two_processes, run_script
 
 from plumbing.tables import HARMFUL, interval, merge_results, read_results, summarize
 from eval import REFUSAL, Measures, attacked, parse_runs, repeats
+from plumbing.guards import OwnGuard
 from plumbing.tokenizer import Prompt
 
 
 def test_log_probs_are_those_of_the_policy(tiny_policy):
-    """Of two replies to two prompts, and then of others: the prompts stay in the tries, and nothing else."""
+    """Of two replies to two prompts, and then of others: the prompts stay in the tries, and are not read again."""
     prompts = [Prompt([1, 2, 3]), Prompt([9])]
     contexts = [p.policy_tokens(tiny_policy.template) for p in prompts]
     measures = Measures(tiny_policy, None, None, dict(enumerate(prompts)))
@@ -28,18 +29,20 @@ def test_log_probs_are_those_of_the_policy(tiny_policy):
         expected = [sum(p(context + reply[:i], token) for i, token in enumerate(reply)) / len(reply)
                     for context, reply in zip(contexts, replies)]
         assert list(measures.log_probs(dict(enumerate(replies))).values()) == pytest.approx(expected, abs=1e-5)
-        assert [trie.used - len(trie.free) for trie in measures.tries.values()] == list(map(len, contexts))
+    computed = [reader.trie.computed for reader, _ in measures.readers.values()]
+    assert computed == [len(context) + 3 for context in contexts]
 
 
 def test_a_guard_is_anything_with_score(smollm2, guard):
     """Read side by side through tries, or asked by `score`: the same rewards."""
-    class Other:
+    class Mine:
         def score(self, prompt, replies):
             return guard.score(prompt, replies)
+    other = OwnGuard(Mine())
     prompts = {0: smollm2.tokenizer.prompt("How are you?", "Fine"), 1: smollm2.tokenizer.prompt("Why?")}
     replies = {0: smollm2.tokenizer.encode(" and you?"), 1: smollm2.tokenizer.encode("Because.")}
-    measures = Measures(smollm2, guard, Other(), prompts)
-    ours, theirs = measures.rewards(guard, replies), measures.rewards(Other(), replies)
+    measures = Measures(smollm2, guard, other, prompts)
+    ours, theirs = measures.rewards(guard, replies), measures.rewards(other, replies)
     assert ours == pytest.approx(theirs, abs=1e-4) and ours[0] != ours[1]
 
 
@@ -97,6 +100,7 @@ def test_intervals_and_efficiency():
     assert summarize([result("none", 1, 1.0)], 100.0)[0]["scaleff"] == pytest.approx(math.log(100))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(tmp_path, judge):
     """Killed at some byte, or searched in batches, it ends with the results of an uninterrupted run. A harmless prompt
     is reported apart."""
@@ -126,6 +130,7 @@ def test_a_run_goes_on_where_it_was(tmp_path, judge):
     assert status == 2 and error.count("\n") == 1 and "seed" in error
 
 
+@pytest.mark.slow
 def test_runs_of_several_seeds_become_one_table(tmp_path, judge):
     """results/merge.py takes the mean over all replies, and takes no seed twice."""
     data = tmp_path / "data.jsonl"
@@ -145,6 +150,7 @@ def test_runs_of_several_seeds_become_one_table(tmp_path, judge):
     assert status == 2 and error.count("\n") == 1 and "seed" in error and not (tmp_path / "merged.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_nothing(tmp_path, judge):
     """Killed by the system three times on its way, and started again, it has each reply once."""
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
@@ -161,6 +167,7 @@ def test_a_killed_run_loses_nothing(tmp_path, judge):
     assert [r["row"] for r in read_results(out)] == list(range(8))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(tmp_path, judge):
     """Prompts of two files, shared by torchrun; and what one of the two had written when both were killed is kept."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure"}) + "\n" for i in "abc"))
@@ -182,6 +189,7 @@ def test_two_processes_give_the_results_of_one(tmp_path, judge):
             assert a["text"] == b["text"] and a["guard_reward"] == pytest.approx(b["guard_reward"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time(tmp_path, judge):
     """A second run with the same --out is refused, and the first loses nothing; under torchrun, one of them holds it."""
     data, out = tmp_path / "data.jsonl", tmp_path / "out"

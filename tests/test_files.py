@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run_script
 
 from plumbing.errors import BadInput
-from plumbing.files import check_output, reading, write_file
+from plumbing.files import check_output, parsing, reading, write_file
 
 SCRIPT = """
 import sys
@@ -108,6 +108,19 @@ def test_whatever_a_parser_raises_is_one_line():
         with pytest.raises(BadInput, match="^f: not a thing") as found, reading("f", "a thing"):
             raise error
         assert "\n" not in str(found.value)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path, monkeypatch):
+    """`parsing` may be given any name, such as standard input: a file that is called so does not matter."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "standard input").write_text("version https://git-lfs")
+    with pytest.raises(BadInput, match="^standard input: not UTF-8 text"), parsing("standard input", "UTF-8 text"):
+        b"\xff".decode()
+
+
+def test_a_mistake_in_a_name_is_no_wrong_file():
+    with pytest.raises(NameError), reading("f", "a thing"):
+        no_such_name                                                    # noqa: B018, F821
 
 
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])

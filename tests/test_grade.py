@@ -79,6 +79,7 @@ def test_a_class_of_six(tmp_path, modules):
     assert why["cheat_runtest"] == why["cheat_report"] == "tests that must fail have passed"
 
 
+@pytest.mark.slow
 def test_other_cheats(tmp_path, modules):
     """Comparisons that find nothing, a test that is changed, results written to all files that are open."""
     hand_in(tmp_path / "cheat", "", modules["blank"][1] + f'''
@@ -106,6 +107,7 @@ def test_a_module_that_ends_the_program_gets_no_points(tmp_path, end):
     assert ("mrm.py cannot be imported" in failed) == ("_exit" not in end)
 
 
+@pytest.mark.slow
 def test_nothing_handed_in_is_no_points(tmp_path):
     """A link does not count: it could lead to the solution."""
     (tmp_path / "mrm.py").symlink_to(ROOT / "mrm.py")

@@ -295,6 +295,7 @@ def test_a_search_with_llama_guard(policy, llama_guard, search):
     assert calls > 2 * 4
 
 
+@pytest.mark.slow
 def test_guards_are_told_apart_by_their_path(checkpoints, policy, guard, smollm2, smollm2_folder):
     assert load_guard(checkpoints[GUARD], policy).template.suffix
     assert load_guard(checkpoints[GUARD], load_llama(checkpoints[GUARD])).llama.config.name == GUARD
@@ -306,6 +307,7 @@ def test_guards_are_told_apart_by_their_path(checkpoints, policy, guard, smollm2
         load_guard(checkpoints[POLICY], policy)
 
 
+@pytest.mark.slow
 def test_a_corpus_and_an_mrm_from_llama_guard(checkpoints, llama_guard, tmp_path):
     """data/safety_rewards with a Llama Guard gives its rewards after every token; an MRM on the guard learns from them,
     and refuses those of another guard."""

@@ -231,6 +231,17 @@ def test_lora_where_there_is_none_is_refused(tiny_guard, rank, targets, first_la
         check_lora(rank, 8, targets, first_layer, tiny_guard.config)
 
 
+def test_a_students_mistake_is_a_traceback(tiny_guard, new_mrm, tmp_path, monkeypatch):
+    """Not "a wrong file", though the adapter is being loaded."""
+    save_adapter(new_mrm, tmp_path / "m.safetensors", 4, 8, TARGETS, 0, "")
+    for mistake in (TypeError("a student's"), NotImplementedError("exercise 5"), IndexError("a student's")):
+        def wrong(self, linear, rank, alpha):
+            raise mistake
+        monkeypatch.setattr(LoRALinear, "__init__", wrong)
+        with pytest.raises(type(mistake)):
+            load_adapter(tmp_path / "m.safetensors", tiny_guard, "mrm")
+
+
 def test_a_file_that_is_no_adapter_is_refused(tiny_guard, tmp_path):
     (tmp_path / "broken").write_bytes(b"not safetensors")
     for path, said in ((tmp_path / "absent", "no such file"), (tmp_path / "broken", "not a readable adapter"),

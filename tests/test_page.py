@@ -110,7 +110,7 @@ def test_numbers_are_the_models_own(searched, trees, smollm2, mrm):
 def test_the_page_draws_each_node_and_steps_through_time(browser, written, searched, trees):
     browser.open(written)
     count = lambda which, classes: browser.js(f"document.querySelectorAll('svg[role=tree]')[{which}].querySelectorAll('{classes}').length")
-    for which, (_, result) in enumerate(searched[1]):
+    for which, (_, result, _) in enumerate(searched[1]):
         assert count(which, ".node:not(.later)") == len(prefixes(result.trace)) + 1
         assert count(which, ".edge") == len(prefixes(result.trace))
         assert count(which, ".node.reply") == len(result.tokens) + 1
@@ -248,6 +248,7 @@ def test_a_page_of_width_16_and_128_tokens_is_small(tiny_policy, tiny_mrm, smoll
     assert browser.js("document.querySelectorAll('svg[role=tree]')[0].querySelectorAll('.node').length") == len(tree["parent"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_it(browser, smollm2_folder, tmp_path):
     path = tmp_path / "tree.html"
     status, out, err = run_script("sample.py", "--html", path, "--max_new_tokens", 3, "--width", 2)

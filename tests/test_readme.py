@@ -39,7 +39,7 @@ def section(name, title):
 def lookup(name):
     """What "module.name.name" is."""
     names = name.split(".")
-    folder = [names.pop(0)] if names[0] in ("data", "results") else []
+    folder = [names.pop(0)] if names[0] in ("data", "results", "plumbing") else []
     thing = importlib.import_module(".".join([*folder, names.pop(0)]))
     for part in names:
         thing = getattr(thing, part)
@@ -152,7 +152,17 @@ def test_every_file_is_in_the_map():
     for files, minutes, question in rows(section(README, "Files"), 3):
         seen += files.split(", ")
         assert int(minutes) > 0 and "?" in question
-    assert sorted(seen) == sorted([path.name for path in ROOT.glob("*.py")] + ["page.html"])
+    assert len(set(seen)) == len(seen) and {path.name for path in ROOT.glob("*.py")} - set(seen) == {"baselines.py", "eval.py"}
+    lines = sum(len(text_of(name).splitlines()) for name in seen)
+    assert lines <= 2000 and "The reading path is at most 2,000 lines" in text_of(README)
+
+
+def test_the_readme_counts_all_lines():
+    files = [path for pattern in ("*.py", "plumbing/*.py", "data/*.py", "data/*/*.py", "results/*.py", "course/*.py")
+             for path in ROOT.glob(pattern)]
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    said = int(re.search(r"All of it is ([\d,]+) lines", text_of(README))[1].replace(",", ""))
+    assert abs(lines - said) <= 100
 
 
 def test_every_search_is_described():
@@ -270,13 +280,15 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_options_in_the_prose_exist(name):
-    scripts = [path.relative_to(ROOT).as_posix() for pattern in ("*.py", "data/*/prepare.py", "course/*.py") for path in ROOT.glob(pattern)]
+    scripts = [path.relative_to(ROOT).as_posix() for pattern in ("*.py", "data/*/prepare.py", "course/*.py", "results/*.py")
+               for path in ROOT.glob(pattern)]
     parsers = [parser for parser in map(parser_of, scripts) if parser]
     known = {option for parser in parsers for option in parser._option_string_actions} | {"--exercise", "--exercises"}
     for option in re.findall(r"`(--\w+)", text_of(name)):
         assert option in known, option
 
 
+@pytest.mark.slow
 def test_the_example_of_a_search_works_as_written(smollm2_folder, tmp_path):
     """It is short, and from its own file it is one of sample.py's searches."""
     text = section("docs/fork.md", "Your own search")

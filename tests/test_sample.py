@@ -62,6 +62,7 @@ def test_prompt_from_standard_input():
         "Name a colour.\nOne word."
 
 
+@pytest.mark.slow
 def test_prompts_from_a_file(tmp_path):
     """One JSON object a line, each as if its prompt were alone; in plain text, one after another."""
     path = tmp_path / "prompts.txt"
@@ -75,6 +76,7 @@ def test_prompts_from_a_file(tmp_path):
     assert status == 0 and out.count("prompt:  ") == out.count("guard's reward") == 2
 
 
+@pytest.mark.slow
 def test_compare_and_plain_text():
     answers = ask("--compare", "--prompt", "Hi")
     assert set(answers) == set(SEARCHES) and all(answers[m]["safety"] == m for m in answers)
@@ -117,7 +119,7 @@ def test_bad_input_gives_one_line_and_status_2(args, said):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 @pytest.mark.parametrize("command", [
-    ["sample.py"], ["bench.py"], ["eval.py", "--data", "{data}", "--out", "{tmp}"], ["data/safety_rewards/prepare.py", "--labels", "{data}"],
+    ["sample.py"], ["results/bench.py"], ["eval.py", "--data", "{data}", "--out", "{tmp}"], ["data/safety_rewards/prepare.py", "--labels", "{data}"],
     ["train_mrm.py", "--objective", "guard", "--data", ".", "--out", "{tmp}/g"],
 ])
 def test_without_cuda_every_entry_point_says_so(command, tmp_path):
@@ -134,6 +136,7 @@ def test_undecodable_standard_input():
     assert done.returncode == 2 and b"UTF-8" in done.stderr and done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_control_c_ends_quietly():
     process = subprocess.Popen([sys.executable, "sample.py", "--max_new_tokens", "500", "--prompt", "Hi"], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -53,6 +53,15 @@ def test_sampling_follows_the_policy(tiny_policy, tiny_scalar_guard):
     assert ((counts - 2000 * p).abs() < 5 * (2000 * p).sqrt() + 1).all()
 
 
+@pytest.mark.parametrize("method", SEARCHES)
+def test_a_probability_that_is_not_added_up_is_none(method, tiny_policy, tiny_mrm, tiny_scalar_guard):
+    """It would be 1 otherwise, log 1 = 0."""
+    reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
+    options = paper(width=2, max_new_tokens=3, min_new_tokens=3)
+    branch = SEARCHES[method][0](tiny_policy, reward_model, Prompt([5, 6, 7]), options).trace[-1][0]
+    assert branch.log_prob < 0 if method.startswith("saffron") else branch.log_prob is None
+
+
 def test_best_of_n_returns_the_reply_the_guard_likes_best(tiny_policy, tiny_scalar_guard):
     prompt = Prompt([5, 6, 7], [8])
     result = best_of_n(tiny_policy, tiny_scalar_guard, prompt, paper(width=6, max_new_tokens=12, min_new_tokens=3))

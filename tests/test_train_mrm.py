@@ -103,6 +103,7 @@ def test_training_learns_and_resumes_bit_for_bit(objective, precision, request, 
     assert {p.name for p in tmp_path.iterdir()} == {"one.safetensors", "two.safetensors"}
 
 
+@pytest.mark.slow
 def test_compiled_layers_learn_the_same(rewards, base, tmp_path, monkeypatch):
     """--compile traces the layers without a change to what they compute. (What C++ torch makes of that takes a minute,
     and is not looked at here.)"""
@@ -191,6 +192,7 @@ def loss_curve(log):
     return [float(line.split("loss ")[1].split(",")[0]) for line in log.splitlines() if "loss " in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["guard", "mrm"])
 def test_two_processes_learn_what_one_does(objective, request, base, tmp_path, monkeypatch, capsys):
     """At the same batch size, in float64; also one process that takes each batch in pieces. Batches of 7 and the shorter last
@@ -214,6 +216,7 @@ def test_two_processes_learn_what_one_does(objective, request, base, tmp_path, m
     assert out.count("wrote") == 1                                                      # one process writes
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_can_be_resumed(rewards, base, tmp_path):
     mine = [*options("mrm", rewards, base, tmp_path / "m.safetensors", steps=2000), "--log_every", 1, "--eval_every", 5]
     process = torchrun("train_mrm.py", *mine)
