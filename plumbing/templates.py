@@ -1,50 +1,26 @@
 """
-What stands beside the vocabulary: how a tokenizer.json splits text into words, and the texts around a
-conversation.
+The texts around a conversation: a folder's chat_template, rendered around a marker in the place of the user's text.
 """
 
+import datetime
 import json
-import unicodedata
 
+import jinja2
+import jinja2.ext
 import jinja2.sandbox
 
 from plumbing.errors import BadInput
-from plumbing.files import check_keys, read_field, read_json, read_text, reading
+from plumbing.files import read_field, read_json, read_text, reading
 
-# GPT-2's pre-tokenizer, and the same without digits, which were split off first, singly or in runs.
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-AFTER_DIGITS = r"|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-MARKER = "saffron's user"       # stands for the user's text while a chat_template is rendered
-
-
-def read_splitting(raw):
-    """(normalizer, the regular expression that splits text into words) of a tokenizer.json."""
-    form = raw.get("normalizer")
-    split = raw["pre_tokenizer"]
-    check_keys(form or {}, {"type": ["NFC"]})
-    harmless = dict.fromkeys(("trim_offsets", "use_regex"))
-    check_keys(raw["decoder"], harmless | {"type": ["ByteLevel"], "add_prefix_space": None})
-    *first, last = split["pretokenizers"] if split["type"] == "Sequence" else [split]
-    check_keys(last, harmless | {"type": ["ByteLevel"]})
-    kinds = [part["type"] for part in first] + [last.get("use_regex", True)]
-    pattern = GPT2
-    if kinds == ["Digits", True]:
-        check_keys(first[0], {"type": None, "individual_digits": None})
-        pattern = (r"\p{N}" if first[0]["individual_digits"] else r"\p{N}+") + AFTER_DIGITS
-    elif kinds == ["Split", False]:
-        check_keys(first[0], {"type": None, "pattern": None, "behavior": ["Isolated"]})
-        pattern = read_field(first[0]["pattern"], "Regex", str) or "(?!)"  # the empty one matches too much
-    elif kinds != [True]:
-        raise BadInput(f"pre_tokenizer = {json.dumps(split)[:200]} is not supported; expected ByteLevel with "
-                       "its own pattern, one Split and ByteLevel without, or Digits and ByteLevel")
-    return (lambda text: unicodedata.normalize("NFC", text)) if form else str, pattern
+MARKER = "saffron's user"               # stands for the user's text
+BLANKS = " \n "
+TODAY = datetime.date(2024, 7, 26)      # for a template that asks for the date: the same tokens on every day
 
 
 def read_templates(folder):
-    """{"chat": {"prefix": text, "infix": text}, "reward": ...} of a folder; "chat" only where it has one. The
-    chat_template is rendered once, around a marker in the place of the user's text, without thinking."""
+    """{"chat": {"prefix": text, "infix": text, "trim": ...}, "reward": ...} of a folder; "chat" only where it has
+    one."""
     path = folder / "tokenizer_config.json"
-    jinja = folder / "chat_template.jinja"
     config = read_json(path) if path.exists() else {}
     with reading(path, "a tokenizer's configuration"):
         if config.get("add_prefix_space"):
@@ -52,22 +28,59 @@ def read_templates(folder):
         special = {key: value if isinstance(value, str) else read_field(value, "content", str)
                    for key, value in config.items()
                    if key in ("bos_token", "eos_token", "unk_token", "pad_token") and value}
-        texts = {"reward": {"prefix": special.get("bos_token", "") + "\n\nUser:", "infix": "\n\nAgent:"}}
         source = config.get("chat_template")
         if isinstance(source, list):
             source = {one["name"]: one["template"] for one in source}["default"]
-    if jinja.exists():
-        path = jinja
-        source = read_text(jinja)
+    if (folder / "chat_template.jinja").exists():
+        path = folder / "chat_template.jinja"
+        source = read_text(path)
+    texts = {"reward": {"prefix": special.get("bos_token", "") + "\n\nUser:", "infix": "\n\nAgent:"}}
     if source:
         with reading(path, "a chat template"):
-            environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-            text = environment.from_string(source).render(
-                messages=[{"role": "user", "content": MARKER}], add_generation_prompt=True,
-                enable_thinking=False, **special)
-            if text.count(MARKER) != 1:
-                raise BadInput("the chat_template must contain the user's text exactly once")
-            texts["chat"] = dict(zip(("prefix", "infix"), text.split(MARKER)))
+            texts["chat"] = chat_texts(source, special)
     ours = folder / "templates.json"
     return texts | (read_json(ours) if ours.exists() else {})
+
+
+def chat_texts(source, special):
+    """Prefix and infix of a chat_template, and how it trims the user's text (a method of str, or ""), which is
+    found by rendering it twice. Raises BadInput where it does something else with that text."""
+    plain = render(source, MARKER, special)
+    if plain.count(MARKER) != 1:
+        raise BadInput("the chat_template must contain the user's text exactly once")
+    prefix, infix = plain.split(MARKER)
+    spaced = render(source, BLANKS + MARKER + BLANKS, special)
+    for trim in ("", "strip", "lstrip", "rstrip"):
+        user = BLANKS + MARKER + BLANKS
+        if spaced == prefix + (getattr(user, trim)() if trim else user) + infix:
+            return {"prefix": prefix, "infix": infix, "trim": trim}
+    raise BadInput("the chat_template changes the blanks around the user's text in a way that is not followed here")
+
+
+def render(source, user, special):
+    """The conversation of one user's message as a template writes it, without thinking. The functions are those
+    that transformers gives to templates."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
+    return environment.from_string(source).render(
+        messages=[{"role": "user", "content": user}], add_generation_prompt=True, enable_thinking=False, **special)
+
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, which marks what a model has said: here, just what is inside."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """JSON as it is, where jinja's own would escape < and > for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -9,14 +9,16 @@ import dataclasses
 import hashlib
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
 
 from plumbing.errors import BadInput
-from plumbing.files import check_keys, parsing, read_field, read_json, reading
-from plumbing.templates import read_splitting, read_templates
+from plumbing.files import check_keys, parsing, read_field
+from plumbing.templates import read_templates
+from plumbing.vocabulary import is_proper, read_vocabulary
 
 BLANKS = 100_000                # in a row, at most: at several times as many, tiktoken's stack overflows
 
@@ -31,6 +33,22 @@ class Template:
 
     def __call__(self, user, reply=()):
         return [*self.prefix, *user, *self.infix, *reply]
+
+
+@dataclass
+class ChatTemplate(Template):
+    """The text around a conversation. Between two control tokens, the template's text and the user's are one
+    text, and encoded as one: "lock?" and a line end after it may be one token."""
+    tokenizer: object = None
+    before: str = ""                # the end of the prefix, after its last control token
+    after: str = ""                 # the beginning of the infix, before its first one
+    trim: str = ""                  # how the template trims the user's text: a method of str, "" for none
+
+    def __call__(self, user, reply=()):
+        text = self.tokenizer.decode(user)
+        if self.trim:
+            text = getattr(text, self.trim)()
+        return [*self.prefix, *self.tokenizer.encode(self.before + text + self.after), *self.infix, *reply]
 
 
 @dataclass
@@ -62,49 +80,27 @@ class Tokenizer:
     def __init__(self, folder):
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
-        raw = read_json(path)
-        with reading(path, "a byte-level BPE tokenizer"):
-            model = raw["model"]
-            added = raw.get("added_tokens") or []
-            check_keys(raw, dict.fromkeys("model normalizer pre_tokenizer post_processor decoder "
-                                          "added_tokens version padding truncation".split()))
-            check_keys(model, dict.fromkeys("vocab merges ignore_merges unk_token fuse_unk".split())
-                       | {"type": ["BPE"]})
-            self.normalize, pattern = read_splitting(raw)
-            self.added = {}                                                   # text to id
-            for token in added:
-                check_keys(token, dict.fromkeys(("id", "content", "special", "normalized")))
-                self.added[read_field(token, "content", str)] = read_field(token, "id", int, 0, 2 ** 31)
-            ids = {to_bytes(text): read_field(model["vocab"], text, int, 0, 2 ** 31)
-                   for text in model["vocab"] if text not in self.added}
-            self.bytes = {i: token for token, i in ids.items()}
-            if (min(map(len, [*ids, *self.added])) < 1
-                    or len({*ids.values(), *self.added.values()}) < len(ids) + len(added)):
-                raise BadInput("a token is empty, or two tokens have one text or one id")
-            # Added tokens are never made of a user's text. Those that are not special (<think>) are shown.
-            self.bytes |= {token["id"]: token["content"].encode() for token in added
-                           if not token.get("special")}
-            # tiktoken merges in the order of ranks. An id need not be a rank: self.ids maps back. First come
-            # the bytes (some vocabularies lack a few), then what merges make, by the first that makes it.
-            # Where whole words are looked up first, tokens that no merge makes come last.
-            merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-            order = [*(bytes([b]) for b in range(256)), *(to_bytes(a + b) for a, b in merges),
-                     *(ids if model.get("ignore_merges") else [])]
-            ranks = {token: rank for rank, token in enumerate(dict.fromkeys(order))}
-            if ranks.keys() - ids.keys() - {*order[:256]}:
-                raise BadInput("a merge makes a token that is not in the vocabulary")
-            self.ids = [ids.get(token) for token in ranks]                      # of each rank
-            self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-            self.size = 1 + max(*ids.values(), *self.added.values())
-        meaning = json.dumps([pattern, bool(raw.get("normalizer")), sorted(self.added.items()),
-                              [token.hex() for token in ranks], self.ids])
-        self.fingerprint = hashlib.sha256(meaning.encode()).hexdigest()[:12]    # equal for equal tokenizers
+        vocabulary = read_vocabulary(path)
+        with parsing(path, "a byte-level BPE tokenizer"):
+            self.encoding = tiktoken.Encoding("", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks,
+                                              special_tokens={})
+        self.vocabulary = vocabulary
+        self.added = vocabulary.added                                           # text to id
+        self.ids = [vocabulary.ids.get(token) for token in vocabulary.ranks]    # of each rank, or None
+        self.proper = set()                             # tokens that are known to be made as they should
+        # Added tokens are never made of a user's text. Those that are not special (<think>) are shown.
+        shown = {i: text.encode() for text, i in self.added.items() if i in vocabulary.shown}
+        self.bytes = {i: token for token, i in vocabulary.ids.items()} | shown
+        self.size = 1 + max(*vocabulary.ids.values(), *self.added.values())
+        meaning = [vocabulary.pattern, vocabulary.nfc, sorted(self.added.items()),
+                   [token.hex() for token in vocabulary.ranks], self.ids]
+        self.fingerprint = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:12]    # of the content
         self.texts = read_templates(self.folder)
 
     def encode(self, text):
         """Token ids of plain text: what looks like a control token is ordinary text here. Bytes that have no
         token are left out. Raises BadInput for text that is no valid Unicode, and for endless blanks."""
-        text = self.normalize(text)
+        text = unicodedata.normalize("NFC", text) if self.vocabulary.nfc else text
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise BadInput("the text is not valid Unicode: it has unpaired surrogates")
         if re.search(rf"\s{{{BLANKS}}}", text):
@@ -113,6 +109,10 @@ class Tokenizer:
             ranks = self.encoding.encode_ordinary(text)
         if len(self.encoding.decode_bytes(ranks)) < len(text.encode()):
             raise BadInput(f"{self.folder}: its pre-tokenizer's pattern leaves out a part of the text")
+        for token in self.encoding.decode_tokens_bytes(set(ranks)):
+            if not is_proper(token, self.vocabulary, self.proper):
+                raise BadInput(f"{self.folder}: its merges cannot be done in the order of ranks; {token!r} would "
+                               "not be made by its own merge")
         return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
 
     def template(self, name):
@@ -121,16 +121,27 @@ class Tokenizer:
             raise BadInput(f"{self.folder}: no template {name!r}; expected chat_template in tokenizer_config"
                            ".json or chat_template.jinja, or this template in templates.json")
         with parsing(self.folder, f"a folder whose template {name!r} has a prefix and an infix"):
-            parts = {"suffix": ""} | self.texts[name]
-            check_keys(parts, dict.fromkeys(("prefix", "infix", "suffix")))
-            return Template(*(self.encode_template(parts[part]) for part in ("prefix", "infix", "suffix")))
+            parts = {"suffix": "", "trim": ""} | self.texts[name]
+            check_keys(parts, {"prefix": None, "infix": None, "suffix": None,
+                               "trim": ["", "strip", "lstrip", "rstrip"]})
+            prefix, infix = parts["prefix"], parts["infix"]
+            if name != "chat":
+                return Template(*(self.encode_template(parts[part]) for part in ("prefix", "infix", "suffix")))
+            # The text around the user's, up to the next control tokens.
+            last = max((match.end() for match in re.finditer(self.control(), prefix)), default=0)
+            first = min((match.start() for match in re.finditer(self.control(), infix)), default=len(infix))
+            return ChatTemplate(self.encode_template(prefix[:last]), self.encode_template(infix[first:]), [], self,
+                                prefix[last:], infix[:first], parts["trim"])
+
+    def control(self):
+        """The regular expression of all control tokens."""
+        return "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)"
 
     def encode_template(self, text):
         """Token ids of a template's text, in which the text of a control token means that token."""
-        control = "|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or "(?!)"
         tokens = []
         end = 0
-        for match in re.finditer(control, text):
+        for match in re.finditer(self.control(), text):
             tokens += self.encode(text[end:match.start()])
             tokens.append(self.added[match[0]])
             end = match.end()
@@ -159,14 +170,3 @@ class Tokenizer:
         if pieces:
             pieces[-1] += decoder.decode(b"", final=True)
         return pieces
-
-
-def to_bytes(text):
-    """The bytes of a token in tokenizer.json, where a printable character stands for each byte: itself, or
-    one from U+0100 on."""
-    return bytes(map(BYTE_OF.__getitem__, text))
-
-
-SELF = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [b for b in range(256) if b not in SELF]
-BYTE_OF = {chr(b): b for b in SELF} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
