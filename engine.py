@@ -1,8 +1,8 @@
 """
 How searches run: on tries, many prompts side by side, all of it counted.
 
-A search is a generator of its steps for one prompt: search.py says how. `search_with` turns it into a
-function, `lockstep` runs it, a `Reader` stands between it and a model's trie.
+A search is a generator: it yields an Ask and is sent an Answer (search.py shows one). `search_with` makes a
+function of it, `lockstep` runs it, a `Reader` stands between it and a model's trie.
 
 Shapes: n sequences, m candidates, d = hidden_size.
 """
@@ -18,8 +18,8 @@ from trie_cache import TrieCache, compute
 
 @dataclass
 class Options:
-    """What a search is asked for. It looks at what it needs. The command line has the same defaults."""
-    width: int = 4                      # N: sequences of a frontier, or what SEARCHES says
+    """What a search is asked for; each search uses what it needs. The commands have the same defaults."""
+    width: int = 4                      # N: sequences of a frontier (baselines.SEARCHES has other meanings)
     max_new_tokens: int = 50            # the most tokens of a reply, its prefill not counted
     min_new_tokens: int = 16            # the fewest: so long, end-of-sequence has probability 0
     top_p: float = 0.8                  # the probability mass of a nucleus: above 0, at most 1
@@ -30,15 +30,15 @@ class Options:
     def __post_init__(self):
         assert min(self.width, self.max_new_tokens) >= 1, "width and max_new_tokens must be at least 1"
         assert 0 < self.top_p <= 1, "top_p must be above 0 and at most 1"
-        assert min(self.min_new_tokens, self.beta, self.temperature or 0) >= 0, "an option is negative"
+        assert min(self.min_new_tokens, self.beta, self.temperature or 0) >= 0, "the others must be at least 0"
 
 
 @dataclass
 class Ask:
-    """What a search wants read next: lists of branches (search.Branch)."""
+    """What a search wants read next: lists of branches."""
     policy: list = ()                   # by the policy
     reward: list = ()                   # by the reward model
-    keep: list = ()                     # not to be read now, but gone on from later
+    keep: list = ()                     # not read now, but not to be forgotten: it is gone on from later
 
 
 @dataclass
@@ -51,12 +51,12 @@ class Answer:
 
 @dataclass
 class Stats:
-    """What a search cost. A call is one sequence asked for, however many share a forward pass."""
-    policy_calls: int = 0
+    """What a search cost."""
+    policy_calls: int = 0               # sequences asked for, however many share a forward pass
     reward_calls: int = 0
     tokens_computed: int = 0            # tokens that went through a model, policy and reward model together
-    tokens_cached: int = 0             # tokens of requested sequences that a trie gave without computing them
-    flops: int = 0                      # both models' together; multiply-adds count as two
+    tokens_cached: int = 0              # tokens of requested sequences that a trie had already
+    flops: int = 0                      # of both models, without the reward's head (see Reader.flops)
     seconds: float = 0.0                # from the start of all searches of its list to the end of this one
     peak_kv_bytes: int = 0              # keys and values in the tries, at their most
     unshared_kv_bytes: int = 0          # the same if each sequence had kept a copy of its own
@@ -66,8 +66,8 @@ class Stats:
 class Result:
     tokens: list                        # the reply, without the prefill
     text: str                           # "" when the policy has no vocabulary
-    reward: float | None               # of the reply, as the search saw it (see Branch); None for method none
-    finished: bool
+    reward: float | None                # of the reply, as the search saw it (see Branch); None for `none`
+    finished: bool                      # whether it ends with end-of-sequence
     stats: Stats
     trace: list                         # trace[t]: the frontier after t + 1 steps, a list of Branches
 
@@ -85,12 +85,12 @@ class Search:
 def search_with(*kinds, temperature=1.0):
     """Decorator: make a search of a generator of its steps. kinds: which reward models it takes, of "guard",
     "mrm" and None. temperature: the search's default. The search takes a prompt, or a list of prompts, which
-    go on in lockstep. Each has tries of its own: but for rounding and seconds, it is as if it were alone."""
+    go on in lockstep. Each has tries of its own: but for rounding and seconds, each goes as if alone."""
     def decorate(steps):
         @functools.wraps(steps)
         @torch.no_grad()
         def search(policy, reward_model, prompts, options=Options(), watch=None):
-            kind = reward_model.kind if reward_model is not None else None
+            kind = getattr(reward_model, "kind", None)
             assert kind in kinds, f"{steps.__name__} takes {kinds} as its reward model, not {kind}"
             if options.temperature is None:
                 options = replace(options, temperature=temperature)
@@ -124,7 +124,7 @@ def lockstep(policy, reward_model, searches, watch=None):
             for reader in search.readers:
                 reader.ask(ask.policy if reader.gives == "policy_hidden" else ask.reward, ask.keep)
         under_way = [search for search in under_way if search.result is None]
-        # 2. The models read it. Those that differ in LoRA only may share a pass (plumbing/fast.py).
+        # 2. The models read it, each in a pass of its own, or in one where plumbing/fast.py has joined them.
         tries = [reader.trie for search in under_way for reader in search.readers if reader.trie]
         if shared and policy in shared.llamas:
             compute(shared, tries)
@@ -149,7 +149,7 @@ def result_of(policy, search, reply, seconds):
             stats.flops += 2 * reader.calls * policy.config.hidden_size * policy.config.vocab_size  # its head
         else:
             stats.reward_calls = reader.calls
-        if reader.trie:                                 # else the reward model reads by other means
+        if reader.trie:                                 # a guard of one's own reads without
             stats.flops += reader.flops
             stats.tokens_computed += reader.trie.computed
             stats.tokens_cached += reader.trie.cached
@@ -170,23 +170,23 @@ class Reader:
         self.head = head
         self.nodes = {}                                     # the trie's node of each branch that it has
         self.asked = []                                     # the nodes asked for last
-        self.given_back = []                                # the branches whose slots that gave back
+        self.given_back = []                                # branches that were forgotten then
         self.calls = 0
         self.unshared_slots = 0
 
     def ask(self, branches, keep=()):
         """Ask about context + reply + suffix of n branches, for the next `compute` to read. What is on no
-        path to them, nor to one of `keep`, is forgotten; without branches, nothing is."""
+        path to them, nor to one of `keep`, is forgotten. Without branches, nothing is forgotten."""
         self.asked = []
         self.given_back = []
         if not branches:
             return
-        known = [self.nearest(branch) for branch in branches]           # (node, tokens after it) of each
-        self.trie.prune([node for node, _ in known] + [self.nearest(branch)[0] for branch in keep])
+        starts = [self.nearest(branch) for branch in branches]          # (node, tokens after it) of each
+        self.trie.prune([node for node, _ in starts] + [self.nearest(branch)[0] for branch in keep])
         self.given_back = [branch for branch, node in self.nodes.items() if node.slot is None]
         for branch in self.given_back:
             del self.nodes[branch]
-        self.asked = [self.trie.insert(node, tokens + self.suffix) for node, tokens in known]
+        self.asked = [self.trie.insert(node, tokens + self.suffix) for node, tokens in starts]
         for branch, node in zip(branches, self.asked):
             self.remember(branch, node)
         self.calls += len(branches)
@@ -195,7 +195,7 @@ class Reader:
 
     def remember(self, branch, node):
         """Note the nodes of a branch and of its ancestors; `node` ends its path."""
-        for _ in self.suffix:                               # a side branch, on no path to anything later
+        for _ in self.suffix:                               # up to the reply's end: nothing follows a suffix
             node = node.parent
         while branch is not None and branch not in self.nodes:
             self.nodes[branch] = node
@@ -217,8 +217,8 @@ class Reader:
 
     @property
     def flops(self):
-        """FLOPs so far (a multiply-add counts as two): 2 · linear weights (with LoRA) · tokens + 4 · layers ·
-        heads · head_dim · (query, key) pairs. `result_of` adds the policy's head; rewards are not counted."""
+        """FLOPs so far (a multiply-add is two): 2 · linear weights with LoRA · tokens + 4 · layers · heads ·
+        head_dim · pairs of a token and one on its path. `result_of` adds the policy's head."""
         config = self.trie.model.config
         lora = sum(p.numel() for name, p in self.trie.model.named_parameters() if "lora_" in name)
         a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim

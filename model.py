@@ -12,7 +12,7 @@ Sources:
 - grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
 - Mistral: arXiv 2310.06825; Qwen2: arXiv 2407.10671; Qwen3: arXiv 2505.09388
 
-Shapes: B sequences, T tokens each, d = hidden_size, V = vocab_size.
+Shapes: B sequences, T tokens each, d = hidden_size, V = vocab_size; heads queries share kv_heads keys.
 """
 
 import math
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 @dataclass
 class LlamaConfig:
-    """The fields of config.json that a Llama needs, under their Hugging Face names."""
+    """What a Llama needs of config.json, under the names that it has there; the last four are ours."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -45,7 +45,7 @@ class LlamaConfig:
 
     @property
     def linear_params(self):
-        """Weights that every token is multiplied with: all layers' projections, not embedding and head."""
+        """How many weights each token is multiplied with: all layers' projections, not embedding and head."""
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads     # of q and o, of k and v
         rows = heads * self.head_dim + 3 * self.intermediate_size
         return self.num_hidden_layers * self.hidden_size * rows
@@ -54,8 +54,8 @@ class LlamaConfig:
 def rotary_frequencies(config):
     """RoPE's angular frequency of each pair of dimensions, in radians a position: float64 (head_dim / 2,).
 
-    Llama 3 stretches the long wavelengths: those above original_context / low_freq_factor by `factor`, those
-    below original_context / high_freq_factor not at all, and those between by a blend of both.
+    Llama 3 stretches the long wavelengths. With C = original_max_position_embeddings: those above C /
+    low_freq_factor by `factor`, those below C / high_freq_factor not at all, those between by a blend.
     """
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
     frequency = config.rope_theta ** (-pairs / config.head_dim)
@@ -94,19 +94,20 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         d = config.hidden_size
-        h = config.head_dim
-        self.layer = layer                                                      # which one of all layers
-        self.head_dim = h
-        self.q_proj = nn.Linear(d, config.num_attention_heads * h, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * h, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * h, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * h, d, bias=False)
+        width = config.num_attention_heads * config.head_dim                    # of all queries
+        kv_width = config.num_key_value_heads * config.head_dim                 # of all keys, of all values
+        self.layer = layer                                                      # its number, for the cache
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(d, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, d, bias=False)
         self.qk_norm = config.qk_norm
         if self.qk_norm:                                                        # Qwen3
-            self.q_norm = RMSNorm(h, config.rms_norm_eps)
-            self.k_norm = RMSNorm(h, config.rms_norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, cache):                                      # x: (B, T, d)
+    def forward(self, x, cos, sin, cache):                  # x: (B, T, d); cos, sin: (B, 1, T, head_dim/2)
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, heads, T, head_dim)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, kv_heads, T, head_dim)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, kv_heads, T, head_dim)
@@ -131,7 +132,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x):                                                       # (B, T, d) -> (B, T, d)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -151,11 +152,11 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder-only transformer. Calling it gives hidden states; `logits` those of the next token.
+    """A decoder-only transformer. Calling it gives hidden states; `logits` turns these into logits.
 
-    A new one has random weights. checkpoint.load_llama gives it those of a checkpoint, its `tokenizer` and
-    `template` (the chat format), where the folder has a vocabulary, and a `fingerprint`, a hash of the first
-    row of every weight: adapters are tied to it, whatever the folder's name.
+    A new one has random weights. plumbing/checkpoint.py loads those of a folder. It also sets `fingerprint`,
+    a hash of the first row of every weight, by which adapters know their base; and, where the folder has a
+    vocabulary, `tokenizer` and `template` (the chat format).
     """
 
     def __init__(self, config):
@@ -175,10 +176,10 @@ class Llama(nn.Module):
     def forward(self, tokens, positions=None, cache=None):
         """Final hidden states, after the last norm: (B, T, d).
 
-        tokens: ints (B, T). positions: ints (B, T), by default 0..T-1. cache: an object whose `attend(layer,
-        q, k, v)` does the attention of these tokens, with whatever it has kept of earlier ones, from q (B,
-        heads, T, head_dim) and k, v (B, kv_heads, T, head_dim) to (B, heads, T, head_dim); by default, each
-        token looks at itself and those before it in its row.
+        tokens: ints (B, T). positions: ints (B, T), by default 0..T-1 for every row. cache: an object such as
+        trie_cache.Pass. Its `attend(layer, q, k, v)` does the attention of these tokens, with what it has
+        kept of earlier ones: q (B, heads, T, head_dim), k and v (B, kv_heads, T, head_dim) -> (B, heads, T,
+        head_dim). Without one, each token looks at itself and those before it in its row.
         """
         x = self.model.embed_tokens(tokens)                                     # (B, T, d)
         if positions is None:
@@ -206,5 +207,5 @@ class Llama(nn.Module):
 
     @property
     def vocabulary(self):
-        """The tokenizer's fingerprint, or "" without one."""
+        """What tells its vocabulary from others: the tokenizer's fingerprint, or "" without one."""
         return self.tokenizer.fingerprint if self.tokenizer else ""

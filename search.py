@@ -1,5 +1,5 @@
 """
-SAFFRON's search, on tries: the same frontiers as saffron.py, with each token computed once.
+SAFFRON's search, on tries: with beta 0 the frontiers of saffron.py, with each token computed once.
 
     result = saffron(policy, mrm, prompt, Options(width=4, max_new_tokens=50))
     result.tokens, result.text, result.reward, result.finished, result.stats, result.trace
@@ -11,13 +11,13 @@ makes of it the function called above. It asks for Branches to be read, and is a
 
     answer = yield Ask(policy=growing, reward=children, keep=earlier)
 
-1. engine.py puts the new tokens into the tries of policy and reward model and reads them in one forward pass.
+1. engine.py puts the new tokens into the tries of policy and reward model. All that is new is read at once.
 2. answer.policy_hidden: the policy's final hidden states after the n branches of `growing`, (n, d). Of the m
    branches of `children`, a guard gives answer.rewards, R (m,), and an MRM answer.mrm_hidden, (m, d), which
    `child_rewards` turns into M(s)_a. What was not asked for is None.
-3. A model that is asked forgets all but the branches asked for now, those in `keep`, and the beginnings of
-   both. Name in `keep` what you go on from later. A model that is not asked forgets nothing.
-4. Append each frontier, a list of branches, to `trace`. Return the branch that won. The least search is:
+3. A model that is asked forgets all branches but those asked for now, those in `keep`, and what they began
+   as. Name in `keep` what you go on from later. A model that is not asked forgets nothing.
+4. Append each frontier, a list of branches, to `trace`. Return the branch that won. The smallest search:
 
     @search_with(None)
     def greedy(policy, reward_model, options, trace):
@@ -40,7 +40,7 @@ import torch
 from engine import Ask, search_with
 from plumbing.errors import BadInput, check_finite
 
-NO_REPEAT = 4                   # with beta: no run of so many tokens may come twice
+NO_REPEAT = 4                   # with beta: no run of so many tokens may come twice in a reply
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class Branch:
     tokens: list = field(default_factory=list)      # reply tokens, end-of-sequence included
     reward: float | None = None                 # R of it, or what M predicted, without beta (deal: its value)
     finished: bool = False                          # whether its last token is end-of-sequence
-    parent: "Branch" = field(default=None, repr=False)      # the branch that it has one token more than
+    parent: "Branch" = field(default=None, repr=False)      # the branch without the last token
     log_prob: float | None = None                   # log π of all its tokens, where the search adds it up
     fallback: bool = False                          # whether its last token stands for an unseen nucleus
 
@@ -60,9 +60,9 @@ def saffron(policy, reward_model, options, trace):
     Deterministic; temperature only shapes the nucleus.
 
     A step takes the tokens a of the policy's nucleus that are not in V_unseen as candidates of each
-    unfinished sequence s, and keeps the `width` sequences s·a with the highest M(s)_a; equal ones by frontier
-    order, then by the policy's probability (Eq. 2, 7 and 3). If a nucleus is all unseen, its fallback is
-    the likeliest seen token. Fallbacks fill the places that others leave free.
+    unfinished sequence s (Eq. 2 and 7). If these are none, the likeliest seen token stands in, as a fallback.
+    Of the sequences s·a, it keeps the `width` ones with the highest M(s)_a (Eq. 3); equal ones by frontier
+    order, then by the policy's probability. Fallbacks only fill places that are left free.
 
     beta > 0, which is not in the paper, ranks by M(s)_a + beta · log π(s·a), π(s·a) being the policy's
     probability of the whole reply so far: of replies that are about equally safe, the likelier one. (This is
@@ -89,11 +89,11 @@ def saffron(policy, reward_model, options, trace):
         log_p = logits[rows, tokens] - logits.logsumexp(-1)[rows]                       # log π(a | s): (m,)
         children = []
         columns = (rows.tolist(), tokens.tolist(), log_p.tolist(), fallbacks.tolist())
-        for row, token, p, fallback in zip(*columns):
+        for row, token, log_probability, fallback in zip(*columns):
             s = growing[row]
-            children.append(extend(policy, s, token, s.log_prob + p, fallback))
+            children.append(extend(policy, s, token, s.log_prob + log_probability, fallback))
 
-        # 3. Their rewards: M_cons(s)_a, no other entry of M(s), or else the guard's R(s·a).
+        # 3. Their rewards: of an MRM these entries M(s)_a alone, of a guard R(s·a).
         if multifurcation:
             rewards = reward_model.child_rewards(answer.mrm_hidden[rows], tokens)       # (m,)
         else:
@@ -109,9 +109,9 @@ def saffron(policy, reward_model, options, trace):
 
 def best(finished, children, width, beta):
     """The next frontier, ranked by reward + beta · log_prob (equal ones keep their order). Take the best
-    `width` children; with beta > 0 skip those that repeat themselves, unless all do. Sort them with
-    `finished`: finished ones first, in each part fallbacks last, then by rank. Keep the first `width`. A
-    child that is a fallback takes only a place that is free."""
+    `width` children; with beta > 0 skip those that repeat themselves, unless all do. Fallbacks come last, and
+    take only places that finished and regular ones leave free. Finished ones come first: they are never
+    dropped for unfinished ones. The first `width` stay."""
     def rank(branch):
         return branch.fallback, -(branch.reward + beta * branch.log_prob)       # the lowest is first
 
@@ -138,7 +138,7 @@ def extend(policy, branch, token, log_prob=None, fallback=False):
 
 
 def rewarded(branches, rewards):
-    """The branches, each with its reward: (m,). Raises BadInput for rewards that are not numbers."""
+    """The branches, now with their rewards: (m,). Raises BadInput for rewards that are not finite."""
     check_finite(rewards, "the reward model gives rewards")
     for branch, reward in zip(branches, rewards.tolist()):
         branch.reward = reward
@@ -147,7 +147,7 @@ def rewarded(branches, rewards):
 
 def next_logits(policy, hidden, length, min_new_tokens):
     """The policy's logits of the next token, in float32 at least: (n, d) -> (n, V). End-of-sequence has −∞
-    while the replies' length is below min_new_tokens. Raises BadInput for logits that are not numbers."""
+    while the replies' length is below min_new_tokens. Raises BadInput where the highest is not finite."""
     logits = policy.logits(hidden)
     check_finite(logits.amax(-1), f"{policy.config.name} gives logits")       # amax is quick, and keeps a nan
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -10,7 +10,7 @@ docs/train.md has the options of the committed adapters. Only LoRA and the small
 Each validation but the last also writes a checkpoint beside --out, from which --resume goes on, on a CPU bit
 for bit. The log goes to stdout.
 
-Shapes: B replies of at most T tokens, n reply tokens, m siblings, d = hidden_size.
+Shapes: B conversations of at most T tokens, n reply tokens, m siblings, d = hidden_size.
 """
 
 from plumbing.start import run                          # first: it sets what torch reads
@@ -43,7 +43,7 @@ from plumbing.resume import load_checkpoint, save_checkpoint
 from plumbing.validate import histogram, validate_guard, validate_mrm
 from plumbing.mixture import weigh, weights
 
-# Hyperparameters: each is an option, as in --rank 8. name: (default, what it may be, what it is)
+# Hyperparameters: each is an option, as in --rank 8. name: (default, its type and range, what it means)
 HYPERPARAMETERS = {
     # what is trained
     "rank": (8, number(1), "rank of LoRA"),
@@ -72,27 +72,28 @@ SMOOTHING = 0.02            # of the guard's labels
 # ------------------------------------------------------------------------------------------------------------
 # the two objectives
 
-def guard_loss(guard, batch, weight=0.0):
+def guard_loss(guard, batch):
     """Binary cross-entropy at every reply token; R is the log-odds of "safe". batch.targets: 0 safe to 1
-    unsafe, 0.2 a needless refusal. They are smoothed to 0.02 and 0.98, so that R stays within about ±4:
-    labels are not more certain than that. weight: of siblings, which a guard does not need."""
+    unsafe, 0.2 a needless refusal. They are smoothed to 0.02 and 0.98, whose log-odds are ±3.9: labels are
+    not more certain than that."""
     hidden = guard.llama(batch.tokens)                                                  # (B, T, d)
     rewards = guard.reward(hidden[batch.rows, batch.columns])                           # (n,)
     safe = 1 - batch.targets.to(rewards.dtype)
     return F.binary_cross_entropy_with_logits(rewards, SMOOTHING + (1 - 2 * SMOOTHING) * safe)
 
 
-def mrm_loss(mrm, batch, weight=0.0):
+def mrm_loss(mrm, batch, sibling_weight=0.0):
     """Partial supervision (Eq. 5): the hidden state before a reply token predicts the reward after it. Plus
-    weight · sibling_loss, where there are siblings."""
+    sibling_weight · sibling_loss, where there are siblings."""
     hidden = mrm.llama(batch.tokens)                                                    # (B, T, d)
     before = hidden[batch.rows, batch.columns - 1]                                      # h(s[0:j]): (n, d)
     children = batch.tokens[batch.rows, batch.columns]                                  # s_j: (n,)
     loss = partial_supervision_loss(mrm, before, children, batch.targets)
-    if weight and len(batch.sibling_tokens):
+    if sibling_weight and len(batch.sibling_tokens):
         before = hidden[batch.sibling_rows, batch.sibling_columns]                      # (m, d)
-        loss = loss + weight * sibling_loss(mrm, before, batch.sibling_tokens, batch.sibling_rewards,
-                                            batch.sibling_prefixes)
+        of_siblings = sibling_loss(mrm, before, batch.sibling_tokens, batch.sibling_rewards,
+                                   batch.sibling_prefixes)
+        loss = loss + sibling_weight * of_siblings
     return loss
 
 
@@ -102,16 +103,17 @@ class Objective(nn.Module):
     def __init__(self, reward_model, args):
         super().__init__()
         self.reward_model = reward_model
-        self.loss_of = {"guard": guard_loss, "mrm": mrm_loss}[reward_model.kind]
         self.device = torch.device(args.device).type
-        self.low = args.dtype == "bfloat16"
+        self.bfloat16 = args.dtype == "bfloat16"
 
-    def forward(self, batch, weight):
+    def forward(self, batch, sibling_weight):
         # In bfloat16 on a CPU, the fused attention's backward pass is slower than plain products.
-        slow = self.low and self.device == "cpu"
-        plain = sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.low), plain:
-            return self.loss_of(self.reward_model, batch, weight)
+        plain_products = self.bfloat16 and self.device == "cpu"
+        attention = sdpa_kernel(SDPBackend.MATH) if plain_products else contextlib.nullcontext()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16), attention:
+            if self.reward_model.kind == "guard":
+                return guard_loss(self.reward_model, batch)
+            return mrm_loss(self.reward_model, batch, sibling_weight)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -148,16 +150,17 @@ def load_data(args, llama):
     return training, held_out
 
 
-def new_reward_model(args, llama, train):
-    """The untrained reward model: LoRA on `llama` and, for the MRM, bias and gain at the scale of rewards."""
+def new_reward_model(args, llama, training):
+    """The untrained reward model: LoRA on `llama`. An MRM begins near the mean reward: with that as its bias,
+    and with a gain that scales logits down to rewards."""
     torch.manual_seed(args.seed)
     llama = add_lora(llama, args.rank, args.alpha, args.targets.split(","), args.first_layer)
     if args.objective == "guard":
         return Guard(llama, llama.tokenizer.template("reward"))
     mrm = MRM(llama, llama.tokenizer.template("reward"))
     mrm.gain.data.fill_(0.02)
-    mrm.bias.data.fill_(float(np.mean(np.concatenate([e.targets for e in train]))))
-    distinct = {id(e): e.reply for e in train}.values()       # --weights may repeat a reply
+    mrm.bias.data.fill_(float(np.mean(np.concatenate([e.targets for e in training]))))
+    distinct = {id(e): e.reply for e in training}.values()     # --weights may repeat a reply
     mrm.unseen.copy_(unseen_tokens(distinct, llama.config, args.min_count))
     return mrm
 
@@ -170,10 +173,11 @@ def learning_rate(step, args):
 
 
 def backward(objective, examples, args):
-    """The gradient of the mean loss over all reply tokens of a batch (and of --siblings times that over all
-    siblings), summed over the processes; returns that loss. A process takes --accumulate pieces of the batch,
-    one after another; what it computes is weighed by its share of the tokens and siblings. So neither
-    the number of processes nor that of pieces changes the result (but for rounding)."""
+    """Compute the gradient of a batch's loss, the mean over its reply tokens plus --siblings times that over
+    its siblings; returns the loss. Alone and with --accumulate 1 that is one pass. Else the batch is cut into
+    pieces, for several processes or one after another. A piece counts by its share of the batch's tokens, its
+    siblings by their share of all: the cut changes nothing but rounding. (All shares add up to 1, so a term
+    of the loss that is no mean over tokens, such as a penalty, counts once.)"""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pieces = processes * args.accumulate
     total = torch.zeros((), dtype=torch.float64, device=args.device)
@@ -181,11 +185,11 @@ def backward(objective, examples, args):
         piece = examples[rank * args.accumulate + i::pieces]
         share = sum(len(e.reply) for e in piece) / sum(len(e.reply) for e in examples)
         of_siblings = sum(len(e.siblings) for e in piece) / max(1, sum(len(e.siblings) for e in examples))
-        weight = args.siblings * of_siblings / share if piece else 0.0
-        # Gradients go over the wire once, after the last piece. Who has no piece computes one, for nothing.
+        sibling_weight = args.siblings * of_siblings / share if piece else 0.0
+        # Gradients are exchanged after the last piece. A process without one computes another, with share 0.
         last = i == args.accumulate - 1 or processes == 1
         with contextlib.nullcontext() if last else objective.no_sync():
-            loss = share * objective(collate(piece or examples[:1], args.device), weight)
+            loss = share * objective(collate(piece or examples[:1], args.device), sibling_weight)
             (processes * loss).backward()                    # DistributedDataParallel averages over processes
         total += loss.detach()
     if processes > 1:
@@ -212,8 +216,8 @@ def train(args):
                           validate(reward_model, held_out, args.device))
     reward_model = new_reward_model(args, llama, training)
     generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(held_out), generator=generator)[:args.eval_replies].tolist()
-    some = [held_out[i] for i in order]                 # what validations before the last one read
+    picked = torch.randperm(len(held_out), generator=generator)[:args.eval_replies].tolist()
+    some = [held_out[i] for i in picked]                # what validations before the last one read
 
     # 2. The optimizer, and what an earlier run has left.
     parameters = [p for p in trained_tensors(reward_model).values() if p.requires_grad]
@@ -240,7 +244,7 @@ def train(args):
     losses = []
     while step < min(args.steps, args.stop_after or args.steps):
         epoch, position = divmod(step, per_epoch)
-        if position == 0 or not losses:
+        if position == 0 or not losses:                 # a new epoch, or a run that goes on within one
             order = batches(training, args.batch_size, args.seed + epoch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)

@@ -1,14 +1,14 @@
 """
 A KV cache that is a trie: token sequences with a common prefix share the keys and values of that prefix.
 
-Tree search extends a few sequences by a token each, drops some, extends the rest: nearly all of every
-sequence has been computed before, most of it once for all of them. Here each distinct prefix is computed once
-and stored once. The paper (Qiu et al. 2025, arXiv 2506.06444, Section 4.4) uses a trie for the same purpose;
-the layout is our own, with tree attention in the manner of SpecInfer (Miao et al. 2023, arXiv 2305.09781):
+Tree search extends a few sequences by a token each, drops some, and extends the rest. Most of their tokens
+are old, and many are shared. Here each distinct prefix is computed once and stored once. The paper (Qiu et
+al. 2025, arXiv 2506.06444, Section 4.4) uses a trie for the same purpose; the layout is our own, with tree
+attention in the manner of SpecInfer (Miao et al. 2023, arXiv 2305.09781):
 
     a node   = the last token of a prefix; the path from the root to it spells the prefix
-    a slot   = a node's row in the arena, i.e. in the preallocated tensors of keys and values of all layers
-    position = how many tokens stand before it on the path
+    a slot   = a node's place in the arena, the preallocated tensor of keys and values of all layers
+    position = how many tokens stand before it on the path: its depth - 1
     a mask lets each token look at the slots on its own path only, so slots may lie in any order
 
 So there is no padding and no copy of a cache. A branch that is not needed any more gives its slots back.
@@ -40,24 +40,23 @@ class TrieCache:
         trie = TrieCache(model)
         hidden = trie(sequences)    # list of token lists -> (n, d): the final hidden state of each last token
 
-    A search, which goes on from where it was, holds nodes in place of sequences, and so never walks a path
-    again:
+    A search goes on from where it was. It holds nodes in place of sequences, so it walks no path again:
 
         node = trie.insert(trie.root, prompt)       # new nodes wait for the next forward pass
-        compute(model, [trie])                      # one pass over all that waits, here or in several tries
+        compute(model, [trie])                      # one pass over all that waits, in one trie or several
         hidden = trie.hidden_at([node])             # (1, d)
         child = trie.insert(node, [token])
         trie.prune([child])                         # forget all but the paths to these nodes
 
-    `computed` counts tokens that went through the model, `cached` all others of the requested sequences,
-    `attended` the keys on the paths of computed tokens, themselves included."""
+    `computed` counts tokens that went through the model, `cached` those of inserted paths that had a node
+    already, `attended` the keys on the paths of computed tokens, themselves included."""
 
     def __init__(self, model, capacity=256):
         self.model = model
         self.root = TrieNode(None, None, None)  # the empty prefix: no token, no slot
         self.waiting = []                       # nodes that no forward pass has read yet
         self.free = []                          # slots given back, a heap
-        self.used = 0                           # how many slots were ever handed out
+        self.used = 0                           # slots 0 to used - 1 are in use, or were (then they are free)
         self.computed = self.cached = self.attended = 0
         config = model.config
         like = dict(dtype=model.dtype, device=model.device)
@@ -75,8 +74,9 @@ class TrieCache:
 
     def insert(self, node, tokens):
         """The node that these tokens lead to from `node`. Those that are new wait for `compute`."""
-        limit = self.model.config.max_position_embeddings
-        assert node.depth + len(tokens) <= limit, f"{self.model.config.name} reads at most {limit} tokens"
+        longest = self.model.config.max_position_embeddings
+        assert node.depth + len(tokens) <= longest, f"{self.model.config.name} reads at most {longest} tokens"
+        assert node is self.root or node.slot is not None, "this node was forgotten"
         new = 0
         for token in tokens:
             child = node.children.get(token)
@@ -101,12 +101,12 @@ class TrieCache:
         each look at its path. q: (1, heads, n, head_dim), k and v: (1, kv_heads, n, head_dim), slots: ints
         (n,), mask: (n, used), 0 where a token may look and −∞ elsewhere. Result: (1, heads, n, head_dim)."""
         arena = self.arena[layer]                                             # (2, kv_heads, slots, head_dim)
-        arena[:, :, slots] = torch.cat((k, v))
+        arena[:, :, slots] = torch.cat((k, v))                                   # (2, kv_heads, n, head_dim)
         keys, values = arena[:, None, :, :self.used]                      # (1, kv_heads, used, head_dim) each
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
     def take_slot(self):
-        """The lowest free slot, or else the next that was never used, for which all tensors may double."""
+        """The lowest free slot, or else the next that was never used. Without one, all tensors double."""
         if self.free:
             return heapq.heappop(self.free)
         slot = self.used
@@ -114,7 +114,7 @@ class TrieCache:
         if self.used > len(self.hidden):
             self.arena = torch.cat((self.arena, torch.zeros_like(self.arena)), dim=3)
             self.hidden = torch.cat((self.hidden, torch.zeros_like(self.hidden)), dim=0)
-            self.visible = np.pad(self.visible, (0, slot))
+            self.visible = np.pad(self.visible, (0, slot))      # slot: as many as there were
         return slot
 
     def prune(self, nodes):
@@ -138,7 +138,7 @@ class TrieCache:
             unwanted += node.children.values()
 
     def bytes_of(self, slots):
-        """Bytes of the keys and values of so many tokens, in all layers together."""
+        """Bytes of the keys and values in so many slots, in all layers together."""
         return slots * self.arena[:, :, :, 0].nbytes
 
 
@@ -168,8 +168,8 @@ class Pass:
 
 @torch.no_grad()
 def compute(model, tries):
-    """One forward pass over all waiting tokens of these tries. model: their Llama, or what reads for the
-    Llamas of all of them (plumbing/fast.py)."""
+    """One forward pass over all waiting tokens of these tries. model: the Llama of all of them, or an object
+    that is called in the same way and reads for several Llamas (plumbing/fast.py)."""
     tries = [trie for trie in tries if trie.waiting]
     if not tries:
         return

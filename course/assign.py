@@ -6,14 +6,14 @@ Write a student copy of this repository, in which chosen functions are left to b
     python course/assign.py --out DIR --week 1 2 --week 3 --week 4 5 6
     python -m pytest tests --exercise 4                 in the copy: grade one
 
-The copy has the modules with those bodies replaced by NotImplementedError("exercise N: ..."), signature and docstring
-kept; HANDOUT.md, a page for each exercise; the tests that check exercises, without those that would show a solution; and
-what is needed to run it. Bodies are found in the syntax tree, so the code needs no markers. An exercise's points are
-those of its tests, which carry the mark exercise(N, points=P).
+The copy has the modules with those bodies replaced by NotImplementedError("exercise N: ..."), signature and
+docstring kept; HANDOUT.md, a page for each exercise; the tests that check exercises, without those that would
+show a solution; and what is needed to run it. Bodies are found in the syntax tree, so the code needs no
+markers. An exercise's points are those of its tests, which carry the mark exercise(N, points=P).
 
-A copy with some exercises holds the solutions of all others. With --week once for each week, the copies are DIR/week1,
-DIR/week2 and so on, and the exercises of all weeks are open in each: students take along what they wrote before.
-grade.py grades a class.
+A copy with some exercises holds the solutions of all others. With --week once for each week, the copies are
+DIR/week1, DIR/week2 and so on, and the exercises of all weeks are open in each: students take along what they
+wrote before. grade.py grades a class.
 """
 
 import ast
@@ -31,13 +31,15 @@ from plumbing.start import run  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from plumbing.parser import Parser  # noqa: E402
 
-# All that a copy has, but for the tests of exercises. Nothing else is copied: no history, no file of the lecturer's.
+# All that a copy has, but for the tests of exercises.
+# Nothing else is copied: no history, no file of the lecturer's.
 MODULES = "model trie_cache engine mrm search baselines saffron train_mrm sample eval"
 COPIED = [f"{name}.py" for name in MODULES.split()] + [
-    "plumbing/*.py", "plumbing/page.html", "README.md", "LICENSE", "CITATION.cff", "requirements.txt", ".gitignore", "docs/*",
-    "results/*.py", "results/*.json", "results/*.png", "data/corpus.py", "data/download.py",
-    "data/*/prepare.py", "data/*/readme.md", "data/safety_labels/*.txt", "data/prompts/*.jsonl", "data/smollm2/guard.safetensors",
-    "data/smollm2/judge.safetensors", "data/smollm2/mrm.safetensors",
+    "plumbing/*.py", "plumbing/page.html", "README.md", "LICENSE", "CITATION.cff", "requirements.txt",
+    ".gitignore", "docs/*", "results/*.py", "results/*.json", "results/*.png", "data/corpus.py",
+    "data/download.py", "data/*/prepare.py", "data/*/readme.md", "data/safety_labels/*.txt",
+    "data/prompts/*.jsonl", "data/smollm2/guard.safetensors", "data/smollm2/judge.safetensors",
+    "data/smollm2/mrm.safetensors",
     "tests/conftest.py", "tests/readme.md", "tests/golden/*", "tests/golden/*/*"]
 TESTS = [f"tests/test_{name}.py" for name in ("model", "trie_cache", "mrm", "saffron", "searches")]
 
@@ -46,8 +48,9 @@ TESTS = [f"tests/test_{name}.py" for name in ("model", "trie_cache", "mrm", "saf
 class Exercise:
     title: str
     level: str
-    functions: list = field(default_factory=list)       # to be written: "file.py:function", "file.py:Class.function"
-    shown_by: list = field(default_factory=list)        # other functions that would show how; they are blanked too
+    # to be written: "file.py:function", "file.py:Class.function"
+    functions: list = field(default_factory=list)
+    shown_by: list = field(default_factory=list)        # others that would show how; they are blanked too
     needs: list = field(default_factory=list)           # exercises without which some of its tests cannot run
 
 
@@ -59,18 +62,19 @@ EXERCISES = {
                 "trie_cache.py:TrieCache.take_slot", "trie_cache.py:TrieCache.prune"], needs=[1, 2]),
     4: Exercise("nucleus candidates", "medium", ["search.py:nucleus", "search.py:candidates"],
                 ["saffron.py:nucleus", "saffron.py:saffron_frontiers"]),
-    5: Exercise("partial-supervision loss", "easy", ["mrm.py:partial_supervision_loss", "mrm.py:MRM.child_rewards"],
-                needs=[1]),
+    5: Exercise("partial-supervision loss", "easy",
+                ["mrm.py:partial_supervision_loss", "mrm.py:MRM.child_rewards"], needs=[1]),
     6: Exercise("conservative mask", "easy", ["mrm.py:MRM.conservative_rewards"], needs=[1]),
-    7: Exercise("the saffron step", "hard", ["search.py:saffron", "search.py:best"], ["saffron.py:saffron_frontiers"],
-                needs=[1, 2, 3, 4, 5]),
-    8: Exercise("reward-balanced search", "hard", ["baselines.py:rebase", "baselines.py:shares"], needs=[1, 2, 3, 4]),
+    7: Exercise("the saffron step", "hard", ["search.py:saffron", "search.py:best"],
+                ["saffron.py:saffron_frontiers"], needs=[1, 2, 3, 4, 5]),
+    8: Exercise("reward-balanced search", "hard", ["baselines.py:rebase", "baselines.py:shares"],
+                needs=[1, 2, 3, 4]),
     9: Exercise("a better rule for unseen tokens", "research, open-ended"),
     10: Exercise("a search of your own", "research, open-ended"),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # source code without some of its parts
 
 def find(tree, name):
@@ -81,13 +85,15 @@ def find(tree, name):
 
 
 def blank(source, name, message):
-    """The source, with that function's body replaced by raise NotImplementedError(message); its docstring stays."""
+    """The source, with that function's body replaced by raise NotImplementedError(message);
+    its docstring stays."""
     node = find(ast.parse(source), name)
     lines = source.splitlines(keepends=True)
     docstring = node.body[0] if ast.get_docstring(node) is not None else None
     first = docstring.end_lineno if docstring else node.body[0].lineno - 1
     indent = " " * node.body[0].col_offset
-    return "".join(lines[:first] + [f'{indent}raise NotImplementedError("{message}")\n'] + lines[node.end_lineno:])
+    return "".join(lines[:first] + [f'{indent}raise NotImplementedError("{message}")\n']
+                   + lines[node.end_lineno:])
 
 
 def points_of(test):
@@ -111,7 +117,8 @@ def is_test(node):
 
 
 def exercise_tests(source):
-    """The source of a test module with nothing left but the tests that check exercises, and what these use."""
+    """The source of a test module with nothing left but the tests that check exercises,
+    and what these use."""
     tree = ast.parse(source)
     lines = source.splitlines(keepends=True)
     kept = [node for node in tree.body if not (is_test(node) and not points_of(node))]
@@ -134,7 +141,7 @@ def exercise_tests(source):
     return text.rstrip() + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the copy
 
 def text_of(number):
@@ -167,13 +174,15 @@ def handout(numbers, other_weeks=()):
             names = ", ".join("`{1}` in {0}".format(*function.split(":")) for function in exercise.functions)
             page += f" Points: {sum(points for _, points, _ in tests)}. To write: {names}."
         for file, name in (function.split(":") for function in exercise.shown_by):
-            page += f" (`{name}` in {file} is blank in this copy too, since it would show how. You need not write it.)"
+            page += (f" (`{name}` in {file} is blank in this copy too, since it would show how. "
+                     "You need not write it.)")
         if needed[n]:
             page += f" First write {listed(needed[n])}: until then, tests of this one are skipped."
         page += "\n" + text_of(n) + "\n"
         if tests:
             page += "\n**What the tests check**\n\n" + "".join(
-                f"- {points} point{'s' * (points > 1)}: `{name}`{'. ' + text if text else ''}\n" for name, points, text in tests)
+                f"- {points} point{'s' * (points > 1)}: `{name}`{'. ' + text if text else ''}\n"
+                for name, points, text in tests)
         pages.append(page)
     return "\n---\n\n".join(pages)
 
@@ -187,8 +196,8 @@ def check_free(out):
 
 
 def write_copy(out, numbers, other_weeks=()):
-    """Write a student copy with these exercises, and those of other weeks open too. Raises BadInput when there is
-    something at `out` already."""
+    """Write a student copy with these exercises, and those of other weeks open too. Raises BadInput when
+    there is something at `out` already."""
     out = Path(out)
     check_free(out)
     with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
@@ -198,15 +207,17 @@ def write_copy(out, numbers, other_weeks=()):
                 (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy / path.relative_to(ROOT))
         for path in TESTS:
-            (copy / path).write_text(exercise_tests((ROOT / path).read_text(encoding="utf-8")), encoding="utf-8")
+            (copy / path).write_text(exercise_tests((ROOT / path).read_text(encoding="utf-8")),
+                                     encoding="utf-8")
         for n in (*numbers, *other_weeks):
             for function in EXERCISES[n].functions + EXERCISES[n].shown_by:
                 file, name = function.split(":")
                 note = "" if function in EXERCISES[n].functions else " (not to be written)"
                 source = (copy / file).read_text(encoding="utf-8")
-                (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}{note}"), encoding="utf-8", newline="\n")
+                (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}{note}"),
+                                         encoding="utf-8", newline="\n")
         (copy / "HANDOUT.md").write_text(handout(numbers, other_weeks), encoding="utf-8", newline="\n")
-        for path in copy.iterdir():                             # all is written by now, and has only to be renamed
+        for path in copy.iterdir():                     # all is written by now, and has only to be renamed
             out.mkdir(exist_ok=True)
             path.rename(out / path.name)
 
@@ -215,10 +226,11 @@ def main():
     parser = Parser(description="Write a student copy of this repository.")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--exercise", type=int, nargs="+", choices=list(EXERCISES), default=list(EXERCISES), metavar="N",
-                       help="exercises to leave open, 1 to 10")
+    which.add_argument("--exercise", type=int, nargs="+", choices=list(EXERCISES), default=list(EXERCISES),
+                       metavar="N", help="exercises to leave open, 1 to 10")
     which.add_argument("--week", type=int, nargs="+", choices=list(EXERCISES), action="append", metavar="N",
-                       help="the exercises of a week, once for each week: one copy a week, none with a solution to any week")
+                       help="the exercises of a week, once for each week: one copy a week, "
+                       "none with a solution to any week")
     args = parser.parse_args()
     open_ones = sorted({n for week in args.week or [args.exercise] for n in week})
     if args.week:

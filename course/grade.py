@@ -55,7 +55,8 @@ WAIT = 10               # times the limit of computing time: so long may a proce
 
 
 def state(path):
-    """When a file or folder was changed last, or None if it is gone. The system notes that; nobody can set it."""
+    """When a file or folder was changed last, or None if it is gone. The system notes that;
+    nobody can set it."""
     with contextlib.suppress(OSError):
         return path.lstat().st_ino, path.lstat().st_ctime_ns
 
@@ -87,7 +88,8 @@ def run_tests(folder, numbers, limit):
         try:
             process.communicate(json.dumps(task).encode(), WAIT * limit)
             if process.returncode < 0:
-                notes.append(f"stopped after {limit} s of computing" if process.returncode == -signal.SIGXCPU else
+                notes.append(f"stopped after {limit} s of computing"
+                             if process.returncode == -signal.SIGXCPU else
                              f"ended by signal {-process.returncode}")
         except subprocess.TimeoutExpired:
             notes.append(f"stopped after {WAIT * limit} s")
@@ -153,7 +155,8 @@ def sentence(reasons):
 
 def parse_arguments():
     parser = Parser(description="Grade a class: a row for each student in a CSV.")
-    parser.add_argument("--exercises", nargs="+", required=True, metavar="N", help="exercises to grade, 1 to 8")
+    parser.add_argument("--exercises", nargs="+", required=True, metavar="N",
+                        help="exercises to grade, 1 to 8")
     parser.add_argument("--out", type=Path, default=Path("grades.csv"), metavar="FILE",
                         help="the table, a CSV")
     parser.add_argument("--time_limit", type=number(1, 86400), default=60, metavar="S",

@@ -16,10 +16,10 @@ from plumbing.files import parsing, read_field, read_jsonl, reading
 @dataclass
 class Example:
     """One reply. targets: the label (0 safe to 1 unsafe) or the guard's reward, one number for each reply
-    token. siblings: (position, token, reward) of tokens that could follow reply[:position], by position."""
+    token. siblings: (position, token, reward) of tokens that could follow reply[:position]."""
     source: str
     context: list               # tokens up to the reply
-    reply: list                 # tokens of the reply
+    reply: list                 # tokens of the reply; of a guard's example, its prefill included
     targets: list
     siblings: list = field(default_factory=list)
 
@@ -30,8 +30,8 @@ class Batch:
     tokens: torch.Tensor                # contexts and replies (B, T)
     # of each of the n reply tokens:
     rows: torch.Tensor                  # which example it is in (n,)
-    columns: torch.Tensor               # where it stands in `tokens` (n,)
-    targets: torch.Tensor               # its label, or the guard's reward (n,)
+    columns: torch.Tensor               # where it stands itself in `tokens` (n,)
+    targets: torch.Tensor               # its label (1 unsafe), or the guard's reward (below 0 unsafe) (n,)
     # of each of the m siblings:
     sibling_rows: torch.Tensor          # which example it is of (m,)
     sibling_columns: torch.Tensor       # where the token before it stands in `tokens` (m,)
@@ -44,24 +44,25 @@ def collate(examples, device):
     """The Batch of some Examples."""
     length = max(len(e.context) + len(e.reply) for e in examples)
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
-    replies, siblings, prefixes = [], [], {}
+    supervised, siblings, prefixes = [], [], {}
     for i, e in enumerate(examples):
         start = len(e.context)
         tokens[i, :start + len(e.reply)] = torch.tensor(e.context + e.reply)
-        replies += [(i, start + j, target) for j, target in enumerate(e.targets)]
+        supervised += [(i, start + j, target) for j, target in enumerate(e.targets)]
         for position, token, reward in e.siblings:
             prefix = prefixes.setdefault((i, position), len(prefixes))
             siblings.append((i, start + position - 1, token, reward, prefix))
-    rows, columns, targets = (torch.tensor(values, device=device) for values in zip(*replies))
-    of_siblings = [torch.tensor(values, device=device) for values in zip(*siblings)] or [torch.zeros(0)] * 5
+    rows, columns, targets = (torch.tensor(values, device=device) for values in zip(*supervised))
+    no_column = torch.zeros(0, dtype=torch.long)
+    of_siblings = [torch.tensor(values, device=device) for values in zip(*siblings)] or [no_column] * 5
     return Batch(tokens.to(device), rows, columns, targets, *of_siblings)
 
 
 def read_labels(path, llama, max_prompt, max_reply):
     """Examples from data/safety_labels: the last max_prompt tokens of each prompt, the first max_reply tokens
-    of prefill, response and end-of-sequence. A prefill, where a row has one, is an unsafe beginning of the
-    reply; the row's label is that of the response after it. Raises BadInput with the line number of a
-    malformed row."""
+    of prefill, response and end-of-sequence. A prefill, where a row has one, is an unsafe beginning: its
+    tokens are labelled 1. The row's label is that of the response after it. Raises BadInput with the line
+    number of a malformed row."""
     examples = []
     template = llama.tokenizer.template("reward")
     for number, row in read_jsonl(path):
@@ -115,5 +116,5 @@ def read_rewards(folder, llama, guard=None):
 
 
 def split(data, name, lengths):
-    """A tensor that holds lists of these lengths, one after another, as those lists."""
+    """data[name], which holds lists one after another, cut into these lists; data[lengths]: their lengths."""
     return [part.tolist() for part in data[name].split(data[lengths].tolist())]

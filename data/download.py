@@ -1,12 +1,14 @@
 """
-Files from their publishers, for the prepare.py of each folder here: resumed where they were cut off, complete or not there.
+Files from their publishers, for the prepare.py of each folder here: resumed where they were cut off,
+complete or not there.
 
     fetch(url, path)                                    one file
     hub_file("datasets/OWNER/NAME", "a/file", path)     one file of the Hugging Face hub
-    hub_rows("OWNER/NAME", "default", "train", folder)  all rows of a data set there, without a parquet library
+    hub_rows("OWNER/NAME", "default", "train", folder)  all rows of a data set there, without a parquet
+                                                        library
 
-HF_TOKEN, where set, is sent to the hub (gated files need it). HF_ENDPOINT names another hub for files; the rows service
-has an address of its own.
+HF_TOKEN, where set, is sent to the hub (gated files need it). HF_ENDPOINT names another hub for files; the
+rows service has an address of its own.
 """
 
 import hashlib
@@ -33,8 +35,8 @@ class NotThere(BadInput):
 
 
 class Redirect(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, to another host without the token, and keeps what the hub says of a large file before it sends one
-    to where that is stored."""
+    """Follows redirects, to another host without the token, and keeps what the hub says of a large file
+    before it sends one to where that is stored."""
 
     def __init__(self):
         self.sha256 = None
@@ -49,10 +51,11 @@ class Redirect(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(url, path, token=None, ask_at=None):
-    """Download a file unless it is there, and return its path. What an interrupted download left in PATH.partial is
-    gone on with; size and, where a redirect tells it as the hub's do, sha256 are checked. token: sent as a bearer
-    token to this host, but to none that it redirects to. ask_at: where access can be asked for. Raises BadInput, in one
-    line, when the file cannot be had or comes incomplete; NotThere when there is none."""
+    """Download a file unless it is there, and return its path. What an interrupted download left in
+    PATH.partial is gone on with; size and, where a redirect tells it as the hub's do, sha256 are checked.
+    token: sent as a bearer token to this host, but to none that it redirects to. ask_at: where access can be
+    asked for. Raises BadInput, in one line, when the file cannot be had or comes incomplete; NotThere when
+    there is none."""
     path = Path(path)
     if path.exists():
         return path
@@ -71,20 +74,24 @@ def fetch(url, path, token=None, ask_at=None):
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else None
             with open(partial, "ab" if have else "wb") as file, tqdm(
-                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, file=sys.stderr) as bar:
+                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True,
+                    file=sys.stderr) as bar:
                 while block := answer.read(1 << 20):
                     bar.update(file.write(block))
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise refusal(url, error, ask_at) from None
-        total = int(error.headers.get("Content-Range", "/-1").split("/")[1])        # there is nothing after what we have:
-        if total != have:                               # unless that is all of it, it is of another file
+        # There is nothing after what we have: unless that is all of it, it is of another file.
+        total = int(error.headers.get("Content-Range", "/-1").split("/")[1])
+        if total != have:
             partial.unlink()
             return fetch(url, path, token, ask_at)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        raise BadInput(f"{url} could not be downloaded ({getattr(error, 'reason', error)}); run this again to go on") from None
+        raise BadInput(f"{url} could not be downloaded ({getattr(error, 'reason', error)}); "
+                       "run this again to go on") from None
     if total is not None and partial.stat().st_size != total:
-        raise BadInput(f"{url} was cut off after {partial.stat().st_size} of {total} bytes; run this again to go on")
+        raise BadInput(f"{url} was cut off after {partial.stat().st_size} of {total} bytes; "
+                       "run this again to go on")
     if redirect.sha256 and sha256(partial) != redirect.sha256:
         partial.unlink()
         raise BadInput(f"{url}: the download differs from the hub's file (other sha256); run this again")
@@ -116,7 +123,8 @@ def hub_token():
 
 
 def hub_file(repository, name, path, revision="main"):
-    """Download one file of a hub repository ("OWNER/NAME", of data sets "datasets/OWNER/NAME"). Raises as `fetch`."""
+    """Download one file of a hub repository ("OWNER/NAME", of data sets "datasets/OWNER/NAME").
+    Raises as `fetch`."""
     server = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if urllib.parse.urlsplit(server).scheme not in ("http", "https"):
         raise BadInput(f"HF_ENDPOINT = {server!r}: expected an address such as https://huggingface.co")
@@ -126,13 +134,14 @@ def hub_file(repository, name, path, revision="main"):
 
 
 def hub_rows(dataset, config, split, folder, server=ROWS_SERVICE):
-    """All rows of a split, in order, page by page through the hub's rows service. The pages stay in `folder`, so
-    that what was interrupted goes on. Raises BadInput as `fetch`, and for a page that is not what it should be."""
+    """All rows of a split, in order, page by page through the hub's rows service. The pages stay in `folder`,
+    so that what was interrupted goes on. Raises BadInput as `fetch`, and for a page that is not what
+    it should be."""
     offset = 0
     total = 1
     while offset < total:
-        query = urllib.parse.urlencode({"dataset": dataset, "config": config, "split": split, "offset": offset,
-                                        "length": ROWS_A_PAGE})
+        query = urllib.parse.urlencode({"dataset": dataset, "config": config, "split": split,
+                                        "offset": offset, "length": ROWS_A_PAGE})
         path = Path(folder) / f"{split}-{offset:06d}.json"
         token = hub_token() if server == ROWS_SERVICE else None
         fetch(f"{server.rstrip('/')}/rows?{query}", path, token, f"https://huggingface.co/datasets/{dataset}")
@@ -146,8 +155,8 @@ def hub_rows(dataset, config, split, folder, server=ROWS_SERVICE):
                 raise ValueError("rows are missing or cut off")
             yield from (row["row"] for row in rows)
         except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{path}: not a page of {dataset} ({type(error).__name__}: {error}); delete it and run this "
-                           "again") from None
+            raise BadInput(f"{path}: not a page of {dataset} ({type(error).__name__}: {error}); "
+                           "delete it and run this again") from None
         offset += expected
 
 

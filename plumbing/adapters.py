@@ -1,7 +1,8 @@
 """
 Trained tensors on disk, and the models of this repository.
 
-An adapter is a safetensors file: LoRA in float16, head or gain and bias, V_unseen, and what it belongs to.
+An adapter is a safetensors file: LoRA in float16 (half the size), the guard's head or the MRM's gain, bias
+and V_unseen, and what it belongs to.
 """
 
 import hashlib
@@ -83,8 +84,8 @@ def check_lora(rank, alpha, targets, first_layer, config):
 
 
 def fill(model, path, found, said):
-    """The reward model, its trained tensors set to what was found. Raises BadInput where these do not fit.
-    said: what the shapes follow from, for the message."""
+    """The reward model, its trained tensors set to those that were found. Raises BadInput where these do not
+    fit. said: for the message, what the shapes follow from."""
     wanted = trained_tensors(model)
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found or name not in wanted:
@@ -106,8 +107,11 @@ def check_vocabulary(policy, other, for_mrm=True):
     """Raises BadInput unless both Llamas have one vocabulary, for an MRM also heads of one size: M(s) is a
     reward for each token of the policy's. (guards.guard_for takes a guard across.)"""
     same_size = policy.config.vocab_size == other.config.vocab_size
-    known = policy.vocabulary and other.vocabulary
-    if known and policy.vocabulary != other.vocabulary or not same_size and (for_mrm or not known):
+    if policy.vocabulary and other.vocabulary:
+        fit = policy.vocabulary == other.vocabulary and (same_size or not for_mrm)
+    else:                                                   # of one that has no tokenizer, the size is known
+        fit = same_size
+    if not fit:
         raise BadInput(f"the policy {policy.config.name} and the reward model on {other.config.name} have "
                        "different vocabularies; an MRM must share the policy's. data/safety_rewards/"
                        "prepare.py --policy DIR, then train_mrm.py --objective mrm --base DIR make one; pass "

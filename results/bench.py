@@ -4,7 +4,8 @@ How fast the search is, and how near it comes to what this machine's memory allo
     python results/bench.py                     widths 1, 4, 16, 64 with 32 new tokens, on the default models
     python results/bench.py --length            seconds and memory against the length of the reply, width 4
     python results/bench.py --prompts 8         eight prompts side by side against one after another, width 4
-    python results/bench.py --busy              a search alone, beside a busy process, beside another search, width 4
+    python results/bench.py --busy              a search alone, beside a busy process, beside another search,
+                                                width 4
 
 "copies" is the page saffron.py with keys and values as they are commonly kept: the policy's forward pass,
 then the MRM's, each with a batch in which every sequence has a copy of its own, and all of M(s). "KV MB" is
@@ -16,7 +17,7 @@ Weights that both share count twice, so that sharing shows as a gain.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the modules are at top level, one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the modules are at top level, one folder up
 
 from plumbing.start import run  # noqa: E402
 

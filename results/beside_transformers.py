@@ -4,15 +4,16 @@ How fast this is beside Hugging Face transformers, on the same weights, in turns
     python -m venv beside && beside/bin/pip install -r requirements.txt transformers==5.24.0
     beside/bin/python results/beside_transformers.py
 
-Three comparisons, each the median of five turns: greedy decoding; saffron at width 4 against transformers' greedy
-decoding of one reply; saffron at width 16 against transformers sampling 16. Greedy replies must be equal, else it stops.
+Three comparisons, each the median of five turns: greedy decoding; saffron at width 4 against transformers'
+greedy decoding of one reply; saffron at width 16 against transformers sampling 16. Greedy replies must be
+equal, else it stops.
 """
 
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the modules are at top level, one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the modules are at top level, one folder up
 
 from plumbing.start import run  # noqa: E402
 
@@ -44,18 +45,20 @@ def main():
         return search(policy, reward_model, prompt, Options(width=width, beta=0.0, **length)).tokens
 
     def generate(**options):
-        tokens = theirs.generate(context, attention_mask=torch.ones_like(context), pad_token_id=0, **length, **options)
+        tokens = theirs.generate(context, attention_mask=torch.ones_like(context), pad_token_id=0,
+                                 **length, **options)
         return tokens[0, context.shape[1]:].tolist()
 
     def greedy():
         return generate(do_sample=False)
 
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32, "
-          f"a context of {context.shape[1]} tokens, {TOKENS} new ones; ms a step")
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.get_num_threads()} "
+          f"threads, float32, a context of {context.shape[1]} tokens, {TOKENS} new ones; ms a step")
     for name, a, b in (
             ("greedy", greedy, lambda: ours(no_defence, None)),
             ("saffron, width 4, against greedy", greedy, lambda: ours(saffron, mrm, width=4)),
-            ("saffron, width 16, against sampling 16", lambda: generate(do_sample=True, num_return_sequences=16),
+            ("saffron, width 16, against sampling 16",
+             lambda: generate(do_sample=True, num_return_sequences=16),
              lambda: ours(saffron, mrm, width=16))):
         if name == "greedy" and a() != b():
             raise BadInput("the greedy replies differ: check that data/smollm2 is unchanged")

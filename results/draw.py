@@ -27,7 +27,8 @@ def attack_success(path, summary):
                              (axes[1], "judge_asr", "by the judge")):
         for method in methods:
             mine = [line for line in summary if line["safety"] == method]
-            axis.plot([line["tflop"] for line in mine], [line[key] for line in mine], marker="o", label=method)
+            axis.plot([line["tflop"] for line in mine], [line[key] for line in mine], marker="o",
+                      label=method)
             for line in mine:
                 axis.annotate(str(line["width"]), (line["tflop"], line[key]), textcoords="offset points",
                               xytext=(4, 4), fontsize=7)

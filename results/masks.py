@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the modules are at top level, one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the modules are at top level, one folder up
 
 from plumbing.start import run  # noqa: E402
 

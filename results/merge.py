@@ -4,9 +4,9 @@ One table of several runs of eval.py, such as those of three seeds.
     python results/merge.py out/visible out/visible_seed1 out/visible_seed2 --out results/visible.json
 
 A search and width that stands in several folders has the mean over all of their replies. This is for
-searches that draw at random (best_of_n, rebase): of the others, every seed has the same replies. The intervals
-take all replies for independent. Those to one prompt are not quite, so true intervals are somewhat wider.
-Prints the table, writes the summary, and draws with --plot.
+searches that draw at random (best_of_n, rebase): of the others, every seed has the same replies. The
+intervals take all replies for independent. Those to one prompt are not quite, so true intervals are somewhat
+wider. Prints the table, writes the summary, and draws with --plot.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the modules are at top level, one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the modules are at top level, one folder up
 
 from plumbing.start import run  # noqa: E402
 
@@ -41,15 +41,16 @@ def main():
     for folder in args.folders:
         arguments = read_json(folder / "arguments.json")
         if arguments.get("seed") in seeds:
-            raise BadInput(f"{folder} has the same seed as an earlier folder, {arguments.get('seed')}; its replies "
-                           "would count twice")
+            raise BadInput(f"{folder} has the same seed as an earlier folder, {arguments.get('seed')}; "
+                           "its replies would count twice")
         seeds.append(arguments.get("seed"))
         differ = [key for key, value in arguments.items() if first.get(key) != value]
         if set(differ) - {"seed"}:
-            raise BadInput(f"{folder} and {args.folders[0]} differ in {', '.join(differ)}; only seeds may differ")
+            raise BadInput(f"{folder} and {args.folders[0]} differ in {', '.join(differ)}; "
+                           "only seeds may differ")
         results += read_results(folder)
     summary = summarize(results, None)
-    models = {key: Path(first[key]).name for key in ("policy", "mrm_base")}     # without this machine's folders
+    models = {key: Path(first[key]).name for key in ("policy", "mrm_base")}  # without this machine's folders
     merged = {"arguments": first | models | {"seed": seeds}, "rows": summary}
     write_file(args.out, json.dumps(merged, indent=1) + "\n")
     if args.plot:

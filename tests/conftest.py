@@ -29,18 +29,20 @@ except SystemExit as end:                       # pytest would end too, and say 
     raise ImportError("0 points: a module ends the program while it is imported (sys.exit)") from end
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # exercises: tests marked exercise(N, points=P), graded by `python -m pytest tests --exercise N`
 
 def pytest_addoption(parser):
-    parser.addoption("--exercise", type=int, metavar="N", help="run the tests of one exercise and count its points")
+    parser.addoption("--exercise", type=int, metavar="N",
+                     help="run the tests of one exercise and count its points")
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs with --slow only")
     config.left_out = 0                                 # how many slow tests were not run
-    config.addinivalue_line("markers", "exercise(N, points): checks exercise N, and is worth so many points if all of it passes")
+    config.addinivalue_line("markers", "exercise(N, points): checks exercise N, "
+                            "and is worth so many points if all of it passes")
     config.grades = {}                                  # test function -> (points, [outcome of each case])
 
 
@@ -61,7 +63,8 @@ def pytest_collection_modifyitems(config, items):
     if wanted is not None:
         numbers = sorted({exercise_of(item) for item in items} - {None})
         if wanted not in numbers:
-            raise pytest.UsageError(f"no test checks exercise {wanted}: those of {', '.join(map(str, numbers))} are there; "
+            raise pytest.UsageError(f"no test checks exercise {wanted}: "
+                                    f"those of {', '.join(map(str, numbers))} are there; "
                                     "an open-ended one is graded by its report")
         config.hook.pytest_deselected(items=[item for item in items if exercise_of(item) != wanted])
         items[:] = [item for item in items if exercise_of(item) == wanted]
@@ -74,7 +77,8 @@ def pytest_runtest_makereport(item, call):
     error, mine = call.excinfo and call.excinfo.value, exercise_of(item)
     if isinstance(error, NotImplementedError) and (missing := re.match(r"exercise (\d+)", str(error))):
         if int(missing[1]) != mine:
-            report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1], f"needs exercise {missing[1]}")
+            report.outcome, report.longrepr = "skipped", (
+                str(item.path), item.location[1], f"needs exercise {missing[1]}")
     if mine is not None and (report.when == "call" or report.outcome != "passed"):
         points = item.get_closest_marker("exercise").kwargs["points"]
         note = f" ({report.longrepr[2]})" if report.outcome == "skipped" else ""
@@ -93,11 +97,13 @@ def pytest_unconfigure(config):
             worst = next((outcome for outcome in outcomes if outcome != "passed"), "passed")
             earned = points if worst == "passed" else 0
             total += earned
-            cases = f" ({outcomes.count(worst)} of {len(outcomes)} cases)" if earned < points and len(outcomes) > 1 else ""
+            cases = (f" ({outcomes.count(worst)} of {len(outcomes)} cases)"
+                     if earned < points and len(outcomes) > 1 else "")
             print(f"  {earned} of {points}  {name}: {worst}{cases}")
         needed = sorted({int(n) for n in re.findall(r"needs exercise (\d+)", str(config.grades))})
         if needed:
-            print(f"first write exercise {' and '.join(map(str, needed))}: without it, tests above are skipped")
+            print(f"first write exercise {' and '.join(map(str, needed))}: without it, "
+                  "tests above are skipped")
         print(f"{total} of {sum(points for points, _ in config.grades.values())} points")
 
 
@@ -176,11 +182,13 @@ def write_tokenizer(folder, byte_ids, control, pattern=r"\S+|\s+", bos=""):
     letters = {b: letter for letter, b in BYTE_OF.items()}
     write_json(folder / "tokenizer.json", {
         "added_tokens": [{"id": i, "content": text, "special": True} for text, i in control.items()],
-        "normalizer": None, "decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        "normalizer": None, "decoder": {"type": "ByteLevel"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]},
         "model": {"type": "BPE", "merges": [], "vocab": {letters[b]: i for b, i in byte_ids.items()}}})
-    write_json(folder / "tokenizer_config.json", {"bos_token": bos, "chat_template": bos + "{{ messages[0].content }}\n"})
+    write_json(folder / "tokenizer_config.json",
+               {"bos_token": bos, "chat_template": bos + "{{ messages[0].content }}\n"})
 
 
 def write_json(path, value):
@@ -188,18 +196,20 @@ def write_json(path, value):
 
 
 def run_script(script, *args, stdin=""):
-    """Run one of the repository's scripts from its first line, as `python script args` in its folder would, but in this
-    process, which has imported torch already: (exit status, stdout, stderr)."""
+    """Run one of the repository's scripts from its first line, as `python script args` in its folder would,
+    but in this process, which has imported torch already: (exit status, stdout, stderr)."""
     text = lambda content=b"": io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
     out, err, status = text(), text(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        for name, value in (("argv", [str(script), *map(str, args)]), ("stdin", text(stdin.encode())), ("stdout", out), ("stderr", err)):
+        for name, value in (("argv", [str(script), *map(str, args)]), ("stdin", text(stdin.encode())),
+                            ("stdout", out), ("stderr", err)):
             patch.setattr(sys, name, value)
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 0 if end.code is None else print(end.code, file=err) or 1
+            status = (end.code if isinstance(end.code, int) else 0 if end.code is None
+                      else print(end.code, file=err) or 1)
         for stream in (out, err):
             stream.flush()
     return status, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
@@ -207,9 +217,10 @@ def run_script(script, *args, stdin=""):
 
 def torchrun(script, *args):
     """Start a script in two processes of its own, as the command line torchrun does: a subprocess.Popen."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *args]
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               script, *args]
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, encoding="utf-8")
 
 
 def in_two_processes(script, *args):

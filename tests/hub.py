@@ -11,9 +11,10 @@ from conftest import run_script
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The Hugging Face hub in small. The server has: `files` (path to bytes); `gated` paths, for the token "good" only;
-    `moved` paths, to others of its own; `stored` paths, which redirect to another host and tell their sha256; `rows` of its rows service; `cut`, after how
-    many bytes each answer stops; and what it has `seen`."""
+    """The Hugging Face hub in small. The server has: `files` (path to bytes); `gated` paths, for the token
+    "good" only; `moved` paths, to others of its own; `stored` paths, which redirect to another host and tell
+    their sha256; `rows` of its rows service; `cut`, after how many bytes each answer stops;
+    and what it has `seen`."""
 
     def do_GET(self):
         url, server = urlsplit(self.path), self.server
@@ -37,12 +38,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send(server.files[url.path])
         elif url.path == "/rows" and server.rows:
             query = {key: values[0] for key, values in parse_qs(url.query).items()}
-            if (query["dataset"], query["config"], query["split"]) != ("allenai/reward-bench", "default", "filtered"):
+            if (query["dataset"], query["config"], query["split"]) != (
+                    "allenai/reward-bench", "default", "filtered"):
                 return self.send_error(404)
             start, length = int(query["offset"]), int(query["length"])
             assert length <= 100
-            rows = [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(server.rows)][start:start + length]
-            self.send(json.dumps({"rows": rows, "num_rows_total": len(server.rows), "num_rows_per_page": 100}).encode())
+            rows = [{"row_idx": i, "row": row, "truncated_cells": []}
+                    for i, row in enumerate(server.rows)][start:start + length]
+            self.send(json.dumps({"rows": rows, "num_rows_total": len(server.rows),
+                                  "num_rows_per_page": 100}).encode())
         else:
             self.send_error(404)
 

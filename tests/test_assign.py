@@ -1,4 +1,5 @@
-"""A student copy lacks the chosen functions and nothing else; its tests fail where they should, and show no solution."""
+"""A student copy lacks the chosen functions and nothing else;
+its tests fail where they should, and show no solution."""
 
 import ast
 import concurrent.futures
@@ -17,16 +18,19 @@ GRADED = [n for n, exercise in assign.EXERCISES.items() if exercise.functions]
 
 def run_tests(folder, *options):
     """The outcome of each test of a student copy, by its name with its case, and all that was printed."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "tests", "-rA", "-v", "--tb=no", "-p", "no:cacheprovider", *options],
-                          cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return dict(re.findall(r"^tests/\w+\.py::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", done.stdout, re.M)), done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests", "-rA", "-v", "--tb=no", "-p", "no:cacheprovider", *options],
+        cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return (dict(re.findall(r"^tests/\w+\.py::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", done.stdout, re.M)),
+            done.stdout)
 
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
-    """For each exercise, the results of a copy that lacks it alone; for 0, those of one that lacks nothing."""
+    """For each exercise, the results of a copy that lacks it alone;
+    for 0, those of one that lacks nothing."""
     folder = tmp_path_factory.mktemp("copies")
-    for n in (0, *GRADED):                      # in one thread: in two at once, ast.parse of Python 3.11 may fail
+    for n in (0, *GRADED):                  # in one thread: in two at once, ast.parse of Python 3.11 may fail
         assign.write_copy(folder / str(n), [n] if n else [])
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip([0, *GRADED], pool.map(lambda n: run_tests(folder / str(n))[0], [0, *GRADED])))
@@ -35,11 +39,13 @@ def copies(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("n", GRADED)
 def test_exactly_the_tests_of_a_missing_exercise_fail(copies, n):
-    """With the original body they all pass; without it they fail, and no others do: some of those cannot be run."""
+    """With the original body they all pass; without it they fail, and no others do:
+    some of those cannot be run."""
     mine = {name for name, _, _ in assign.tests_of(n)}
     assert mine and set(copies[0].values()) == {"PASSED"} and copies[n].keys() == copies[0].keys()
     for name, outcome in copies[n].items():
-        assert outcome == "FAILED" if name.partition("[")[0] in mine else outcome in ("PASSED", "SKIPPED"), name
+        assert (outcome == "FAILED" if name.partition("[")[0] in mine
+                else outcome in ("PASSED", "SKIPPED")), name
     skipped = {name.partition("[")[0] for name, outcome in copies[n].items() if outcome == "SKIPPED"}
     assert {m for m in GRADED if skipped & {name for name, _, _ in assign.tests_of(m)}} == {
         m for m in GRADED if n in assign.EXERCISES[m].needs}, "the handout says which are needed first"
@@ -79,15 +85,19 @@ def test_a_copy_keeps_signatures_and_docstrings_and_shows_no_solution(student):
         for function in assign.EXERCISES[n].functions + assign.EXERCISES[n].shown_by:
             file, name = function.split(":")
             ours, theirs = body_of(ROOT / file, name), body_of(student / file, name)
-            assert ast.unparse(ours.args) == ast.unparse(theirs.args) and ast.get_docstring(ours) == ast.get_docstring(theirs)
-            assert [ast.unparse(d) for d in ours.decorator_list] == [ast.unparse(d) for d in theirs.decorator_list]
+            assert (ast.unparse(ours.args) == ast.unparse(theirs.args)
+                    and ast.get_docstring(ours) == ast.get_docstring(theirs))
+            assert ([ast.unparse(d) for d in ours.decorator_list]
+                    == [ast.unparse(d) for d in theirs.decorator_list])
             raised = theirs.body[-1]
             assert isinstance(raised, ast.Raise)
-            assert (f"exercise {n}: " if function in assign.EXERCISES[n].functions else "not to be written") in ast.unparse(raised)
+            assert (f"exercise {n}: " if function in assign.EXERCISES[n].functions
+                    else "not to be written") in ast.unparse(raised)
             assert len(theirs.body) == 1 + (ast.get_docstring(ours) is not None)
             assert ast.unparse(ours.body[-2:]) not in everything, f"the end of {name} can be read somewhere"
     for file in ("model.py", "search.py", "trie_cache.py", "mrm.py"):       # and all else is as it was
-        blanked = {f.split(":")[1] for e in assign.EXERCISES.values() for f in e.functions if f.startswith(file)}
+        blanked = {f.split(":")[1] for e in assign.EXERCISES.values() for f in e.functions
+                   if f.startswith(file)}
         source = (ROOT / file).read_text()
         for name in blanked:
             source = assign.blank(source, name, "x")
@@ -123,11 +133,13 @@ def test_a_module_that_ends_the_program_is_0_points(tmp_path):
 
 def test_weeks_leave_each_other_open(tmp_path):
     """A copy for each week, and no week's copy shows the solution of another one's exercise."""
-    status, out, err = run_script("course/assign.py", "--out", tmp_path / "weeks", "--week", "1", "--week", "4", "5")
+    status, out, err = run_script("course/assign.py", "--out", tmp_path / "weeks",
+                                  "--week", "1", "--week", "4", "5")
     assert (status, err) == (0, "") and "inside are the solutions of exercises 2, 3, 6, 7, 8" in out
     for week, mine, others in (("week1", [1], "exercises 4, 5"), ("week2", [4, 5], "exercise 1")):
         text = (tmp_path / "weeks" / week / "HANDOUT.md").read_text(encoding="utf-8")
-        assert re.findall(r"# Exercise (\d+)", text) == list(map(str, mine)) and f"from other weeks: {others}." in text
+        assert (re.findall(r"# Exercise (\d+)", text) == list(map(str, mine))
+                and f"from other weeks: {others}." in text)
         for n in (1, 4, 5):
             for file, name in (function.split(":") for function in assign.EXERCISES[n].functions):
                 assert isinstance(body_of(tmp_path / "weeks" / week / file, name).body[-1], ast.Raise)
@@ -137,7 +149,8 @@ def test_weeks_leave_each_other_open(tmp_path):
 def test_a_copy_with_some_exercises_says_what_it_shows(tmp_path):
     status, out, err = run_script("course/assign.py", "--out", tmp_path / "copy", "--exercise", "4", "5", "6")
     assert (status, err) == (0, "") and "inside are the solutions of exercises 1, 2, 3, 7, 8" in out
-    assert "| 5. partial-supervision loss | easy | 6 | none |" in (tmp_path / "copy" / "HANDOUT.md").read_text(encoding="utf-8")
+    assert ("| 5. partial-supervision loss | easy | 6 | none |"
+            in (tmp_path / "copy" / "HANDOUT.md").read_text(encoding="utf-8"))
 
 
 def test_an_empty_folder_may_be_filled(tmp_path, monkeypatch):
@@ -149,8 +162,10 @@ def test_an_empty_folder_may_be_filled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--out", "tests"], "something already"), (["--out", "LICENSE"], "something already"), ([], "--out"), (["--out", "no-such/copy"], "there is no folder"),
-    (["--out", "no-such", "--exercise", "99"], "99"), (["--out", "tests", "--week", "1"], "something already"),
+    (["--out", "tests"], "something already"), (["--out", "LICENSE"], "something already"), ([], "--out"),
+    (["--out", "no-such/copy"], "there is no folder"),
+    (["--out", "no-such", "--exercise", "99"], "99"),
+    (["--out", "tests", "--week", "1"], "something already"),
     (["--out", "no-such", "--week", "1", "--exercise", "2"], "not allowed with")])
 def test_bad_input(options, said):
     status, out, err = run_script("course/assign.py", *options)

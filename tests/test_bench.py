@@ -1,4 +1,5 @@
-"""The plain reference of bench.py is the same search, and the table says what the searches' own counts say."""
+"""The plain reference of bench.py is the same search,
+and the table says what the searches' own counts say."""
 
 import json
 
@@ -15,7 +16,8 @@ from search import saffron as search
 def test_reference_finds_the_same_reply(tiny_policy, tiny_mrm, width, top_p, least):
     """In float64; with least = 2, sequences end on the way."""
     prompt, caches = Prompt([5, 6, 7], [8]), (CopyCache(tiny_policy), CopyCache(tiny_mrm.llama))
-    result = search(tiny_policy, tiny_mrm, prompt, paper(width=width, max_new_tokens=12, min_new_tokens=least, top_p=top_p))
+    result = search(tiny_policy, tiny_mrm, prompt,
+                    paper(width=width, max_new_tokens=12, min_new_tokens=least, top_p=top_p))
     frontiers = saffron.saffron_frontiers(tiny_policy, tiny_mrm, prompt, width, 12, least, top_p, read=caches)
     assert frontiers[-1][0].tokens == result.tokens
     if least == 12:                     # all are read at once: the copies of the last step are all there is
@@ -24,7 +26,8 @@ def test_reference_finds_the_same_reply(tiny_policy, tiny_mrm, width, top_p, lea
 
 @pytest.mark.slow
 def test_table_and_json(smollm2_folder, tmp_path):
-    status, out, err = run_script("results/bench.py", "--prompt_length", "40", "--width", "2", "--out", tmp_path / "b.json")
+    status, out, err = run_script("results/bench.py", "--prompt_length", "40", "--width", "2",
+                                  "--out", tmp_path / "b.json")
     assert status == 0, err
     lines, report = out.splitlines(), json.loads((tmp_path / "b.json").read_text())
     row, = report["rows"]
@@ -43,8 +46,8 @@ def test_prompts_search_with(smollm2_folder):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--prompts", "0"], "prompts"), (["--width", "0"], "width"), (["--plot", "x.doc"], ".png, .svg or .pdf"), (["--out", "no/such/b.json"], "no folder"),
-    (["--prompt_length", "5"], "template alone takes"),
+    (["--prompts", "0"], "prompts"), (["--width", "0"], "width"), (["--plot", "x.doc"], ".png, .svg or .pdf"),
+    (["--out", "no/such/b.json"], "no folder"), (["--prompt_length", "5"], "template alone takes"),
 ])
 def test_bad_values_are_refused(smollm2_folder, options, said):
     status, out, err = run_script("results/bench.py", *options)

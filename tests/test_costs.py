@@ -22,7 +22,7 @@ def test_costs_of_saffron(tiny_policy, tiny_mrm):
     asked = [[[]]] + [[b.tokens for b in frontier] for frontier in result.trace[:-1]]
     calls = sum(map(len, asked))
     stats = result.stats
-    assert stats.policy_calls == stats.reward_calls == calls                        # one a sequence, not a candidate
+    assert stats.policy_calls == stats.reward_calls == calls                # one a sequence, not a candidate
     expected, cached = 0, 0
     for template in (tiny_policy.template, tiny_mrm.template):
         sequences = [template(prompt.user, reply) for replies in asked for reply in replies]
@@ -36,10 +36,11 @@ def test_costs_of_saffron(tiny_policy, tiny_mrm):
 def test_kv_memory_grows_with_distinct_prefixes(tiny_policy, tiny_scalar_guard):
     """A long prompt is stored once, whatever the width."""
     peak = lambda width: none_or_best(width).stats
-    none_or_best = lambda width: best_of_n(tiny_policy, tiny_scalar_guard, Prompt(list(range(10, 210))), paper(width=width,
-                                           max_new_tokens=4, min_new_tokens=4, top_p=1.0))
+    none_or_best = lambda width: best_of_n(tiny_policy, tiny_scalar_guard, Prompt(list(range(10, 210))),
+                                           paper(width=width, max_new_tokens=4, min_new_tokens=4, top_p=1.0))
     one, eight = peak(1), peak(8)
-    assert eight.peak_kv_bytes < 1.3 * one.peak_kv_bytes and eight.unshared_kv_bytes > 7.9 * one.unshared_kv_bytes
+    assert (eight.peak_kv_bytes < 1.3 * one.peak_kv_bytes
+            and eight.unshared_kv_bytes > 7.9 * one.unshared_kv_bytes)
 
 
 @pytest.mark.parametrize("method", SEARCHES)
@@ -48,24 +49,29 @@ def test_flops_agree_with_torchs_own_count(method, tiny_policy, tiny_mrm, tiny_s
     attention only where that is written as plain products.)"""
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        result = SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2]), paper(width=1, max_new_tokens=3, top_p=1e-3))
+        result = SEARCHES[method][0](tiny_policy, reward_model, Prompt([1, 2]),
+                                     paper(width=1, max_new_tokens=3, top_p=1e-3))
     assert result.stats.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_a_frontier_is_read_without_walking_its_past(tiny_policy, tiny_mrm, monkeypatch):
     """After the prompt, each step inserts one token a branch, whatever the length."""
     lengths, insert = [], TrieCache.insert
-    monkeypatch.setattr(TrieCache, "insert", lambda self, node, tokens: lengths.append(len(tokens)) or insert(self, node, tokens))
+    monkeypatch.setattr(TrieCache, "insert", lambda self, node, tokens: (
+        lengths.append(len(tokens)) or insert(self, node, tokens)))
     saffron(tiny_policy, tiny_mrm, Prompt([1] * 50), paper(width=3, max_new_tokens=10, min_new_tokens=10))
     assert all(n > 50 for n in lengths[:2]) and set(lengths[2:]) == {1}
 
 
 @pytest.mark.parametrize("method", SEARCHES)
-def test_prompts_side_by_side_are_searched_as_if_alone(method, tiny_policy, tiny_mrm, tiny_scalar_guard, monkeypatch):
-    """The same replies, rewards, trees and costs, with prompts of other lengths beside, some of which end early."""
+def test_prompts_side_by_side_are_searched_as_if_alone(method, tiny_policy, tiny_mrm, tiny_scalar_guard,
+                                                       monkeypatch):
+    """The same replies, rewards, trees and costs, with prompts of other lengths beside,
+    some of which end early."""
     monkeypatch.setattr(tiny_policy.config, "eos_token_ids", tuple(range(0, 512, 4)))       # so that many do
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
-    prompts = [Prompt([5, 6, 7], [8]), Prompt(list(range(40, 80))), Prompt([9]), Prompt([5, 6, 7], [8, 9], True)]
+    prompts = [Prompt([5, 6, 7], [8]), Prompt(list(range(40, 80))), Prompt([9]),
+               Prompt([5, 6, 7], [8, 9], True)]
     options = dict(width=8, max_new_tokens=12, min_new_tokens=2, top_p=0.95, temperature=1.0, seed=3)
     together = SEARCHES[method][0](tiny_policy, reward_model, prompts, paper(**options))
     assert len({len(r.tokens) for r in together}) > 1 and len(together) == 4
@@ -80,20 +86,22 @@ def test_prompts_side_by_side_are_searched_as_if_alone(method, tiny_policy, tiny
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_one_backbone_for_both_readers_changes_nothing(tiny_policy, beta):
-    """An MRM that is LoRA on the policy's own weights, read in the policy's forward pass, against the same on a copy of
-    the weights, read in a pass of its own."""
+    """An MRM that is LoRA on the policy's own weights, read in the policy's forward pass, against the same on
+    a copy of the weights, read in a pass of its own."""
     policy, prompts = tiny_policy, [Prompt([5, 6, 7], [8]), Prompt([9] * 20)]
     mrms = []
     for base in (policy, copy.deepcopy(policy)):
         torch.manual_seed(0)
-        mrm = MRM(add_lora(base, 3, 6, ["q_proj", "o_proj", "down_proj"], first_layer=1), Template([1, 2], [3]))
+        mrm = MRM(add_lora(base, 3, 6, ["q_proj", "o_proj", "down_proj"], first_layer=1),
+                  Template([1, 2], [3]))
         for name, p in trained_tensors(mrm).items():
             if name != "unseen":
                 torch.nn.init.normal_(p, std=0.3)
         mrms.append(share_pass(policy, mrm))
     assert mrms[0].shared_pass and not mrms[1].shared_pass
     assert same_base(policy, mrms[0].llama) and not same_base(policy, mrms[1].llama)
-    shared, apart = [saffron(policy, mrm, prompts, paper(width=4, max_new_tokens=10, min_new_tokens=3, beta=beta)) for mrm in mrms]
+    shared, apart = [saffron(policy, mrm, prompts,
+                             paper(width=4, max_new_tokens=10, min_new_tokens=3, beta=beta)) for mrm in mrms]
     for one, two in zip(shared, apart):
         assert one.tokens == two.tokens and one.reward == pytest.approx(two.reward, abs=1e-9)
         assert [[b.tokens for b in f] for f in one.trace] == [[b.tokens for b in f] for f in two.trace]

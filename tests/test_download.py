@@ -1,4 +1,5 @@
-"""Downloads go on where they were cut off, keep the token to the host that it is for, and fail in one line."""
+"""Downloads go on where they were cut off, keep the token to the host that it is for,
+and fail in one line."""
 
 import errno
 import io
@@ -11,11 +12,14 @@ import data.download
 from data.download import NotThere, fetch
 from plumbing.errors import BadInput
 
-HEX_PHI = "/datasets/Unispac/shallow-vs-deep-safety-alignment-dataset/resolve/main/data/safety_bench/Harmful-HEx-PHI.jsonl"
-CONVERSATIONS = [[{"role": "user", "content": f" Request {i} "}, {"role": "assistant", "content": f"Sure,\u2028here {i}"}]
+HEX_PHI = ("/datasets/Unispac/shallow-vs-deep-safety-alignment-dataset/resolve/main/"
+           "data/safety_bench/Harmful-HEx-PHI.jsonl")
+CONVERSATIONS = [[{"role": "user", "content": f" Request {i} "},
+                  {"role": "assistant", "content": f"Sure,\u2028here {i}"}]
                  for i in range(20)]
 ROWS = [{"prompt": f"Request {i}", "chosen": "No.", "rejected": f"Sure, here {i}",
-         "subset": "refusals-dangerous" if i % 100 == 7 else "refusals-offensive" if i == 220 else "xstest-should-refuse"}
+         "subset": ("refusals-dangerous" if i % 100 == 7 else "refusals-offensive" if i == 220
+                    else "xstest-should-refuse")}
         for i in range(230)]
 
 
@@ -36,19 +40,23 @@ def test_hex_phi(published, tmp_path):
     for token, code in ((None, "401"), ("bad", "403")):
         status, _, error = prepare(published, "hex_phi", tmp_path, token=token)
         assert status == 2 and code in error and "HF_TOKEN" in error
-        assert f"{published.url}/datasets/Unispac/shallow-vs-deep-safety-alignment-dataset" in error      # where to ask
+        # where to ask
+        assert f"{published.url}/datasets/Unispac/shallow-vs-deep-safety-alignment-dataset" in error
     published.cut = 300
     status, _, error = prepare(published, "hex_phi", tmp_path, token="good")
     assert status == 2 and "cut off after 300 of" in error and not (tmp_path / "test.jsonl").exists()
     published.cut = None
     status, out, _ = prepare(published, "hex_phi", tmp_path, token="good")
     assert status == 0 and "20 requests" in out
-    assert [headers.get("Range") for path, headers in published.seen if path.startswith("/cdn/")] == [None, "bytes=300-"]
+    assert ([headers.get("Range") for path, headers in published.seen if path.startswith("/cdn/")]
+            == [None, "bytes=300-"])
     assert not any("Authorization" in headers for path, headers in published.seen if path.startswith("/cdn/"))
-    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
-    assert rows[3] == {"prompt": "Request 3", "response": "Sure,\u2028here 3", "category": "hex_phi"} and len(rows) == 20
+    rows = [json.loads(line)
+            for line in (tmp_path / "test.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert (rows[3] == {"prompt": "Request 3", "response": "Sure,\u2028here 3", "category": "hex_phi"}
+            and len(rows) == 20)
     asked = len(published.seen)
-    assert prepare(published, "hex_phi", tmp_path)[0] == 0 and len(published.seen) == asked                     # it is there
+    assert prepare(published, "hex_phi", tmp_path)[0] == 0 and len(published.seen) == asked     # it is there
 
 
 def test_a_copy_of_hex_phi_is_checked_line_by_line(published, tmp_path):
@@ -64,18 +72,20 @@ def test_a_copy_of_hex_phi_is_checked_line_by_line(published, tmp_path):
 
 def test_ai2_refusals(published, tmp_path):
     """Page by page; an interrupted run asks for the missing pages only."""
-    published.cut = 9_000                                         # the first two pages are longer, the last is not
+    published.cut = 9_000                                   # the first two pages are longer, the last is not
     status, _, error = prepare(published, "ai2_refusals", tmp_path, "--server", published.url)
     assert status == 2 and "cut off after 9000 of" in error
     published.cut = None
     status, out, _ = prepare(published, "ai2_refusals", tmp_path, "--server", published.url)
     assert status == 0 and "refusals-dangerous: 3" in out and "refusals-offensive: 1" in out
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    assert rows[1] == {"prompt": "Request 107", "response": "Sure, here 107", "category": "refusals-dangerous"}
+    assert rows[1] == {"prompt": "Request 107", "response": "Sure, here 107",
+                       "category": "refusals-dangerous"}
     assert [row["prompt"] for row in rows] == ["Request 7", "Request 107", "Request 207", "Request 220"]
     (tmp_path / "download" / "filtered-000100.json").unlink()
     asked = len(published.seen)
-    assert prepare(published, "ai2_refusals", tmp_path, "--server", published.url)[0] == 0 and len(published.seen) == asked + 1
+    assert (prepare(published, "ai2_refusals", tmp_path, "--server", published.url)[0] == 0
+            and len(published.seen) == asked + 1)
     (tmp_path / "download" / "filtered-000100.json").write_text('{"rows": [], "num_rows_total": 230}')
     status, _, error = prepare(published, "ai2_refusals", tmp_path, "--server", published.url)
     assert status == 2 and "filtered-000100.json" in error and "delete it" in error
@@ -90,7 +100,8 @@ def test_what_is_not_there_is_named_in_one_line(hub, tmp_path):
 
 
 def test_what_is_left_of_another_file_is_not_used(hub, tmp_path):
-    """Longer than the file, or as long, or the beginning of another one. And what is all of it needs no second download."""
+    """Longer than the file, or as long, or the beginning of another one.
+    And what is all of it needs no second download."""
     hub.files["/file"] = hub.stored["/file"] = b"what is there" * 9
     (tmp_path / "file.partial").write_bytes(bytes(1000))
     assert fetch(f"{hub.url}/file", tmp_path / "file").read_bytes() == hub.files["/file"]
@@ -107,7 +118,8 @@ def test_what_is_left_of_another_file_is_not_used(hub, tmp_path):
 
 def test_a_redirect_on_the_same_host_keeps_the_token(hub, tmp_path):
     """As the hub's to its own cache, for small files of gated repositories."""
-    hub.files["/cache/file"], hub.gated, hub.moved = b"small", {"/file", "/cache/file"}, {"/file": "/cache/file"}
+    hub.files["/cache/file"], hub.gated, hub.moved = (
+        b"small", {"/file", "/cache/file"}, {"/file": "/cache/file"})
     assert fetch(f"{hub.url}/file", tmp_path / "file", token="good").read_bytes() == b"small"
 
 

@@ -20,15 +20,18 @@ from plumbing.tokenizer import Prompt
 
 
 def test_log_probs_are_those_of_the_policy(tiny_policy):
-    """Of two replies to two prompts, and then of others: the prompts stay in the tries, and are not read again."""
+    """Of two replies to two prompts, and then of others: the prompts stay in the tries,
+    and are not read again."""
     prompts = [Prompt([1, 2, 3]), Prompt([9])]
     contexts = [p.policy_tokens(tiny_policy.template) for p in prompts]
     measures = Measures(tiny_policy, None, None, dict(enumerate(prompts)))
-    p = lambda tokens, token: tiny_policy.logits(tiny_policy(torch.tensor([tokens]))[0, -1]).softmax(-1)[token].log().item()
+    p = lambda tokens, token: tiny_policy.logits(
+        tiny_policy(torch.tensor([tokens]))[0, -1]).softmax(-1)[token].log().item()
     for replies in ([[4, 5], [6]], [[4], [7, 8]]):
         expected = [sum(p(context + reply[:i], token) for i, token in enumerate(reply)) / len(reply)
                     for context, reply in zip(contexts, replies)]
-        assert list(measures.log_probs(dict(enumerate(replies))).values()) == pytest.approx(expected, abs=1e-5)
+        assert (list(measures.log_probs(dict(enumerate(replies))).values())
+                == pytest.approx(expected, abs=1e-5))
     computed = [reader.trie.computed for reader, _ in measures.readers.values()]
     assert computed == [len(context) + 3 for context in contexts]
 
@@ -51,8 +54,10 @@ def test_repeats():
 
 
 def test_results_of_several_processes_become_one_file(tmp_path):
-    """Lines that were cut off are passed over, a reply that stands in two files counts once, the order is fixed."""
-    line = lambda row, text, method="none": json.dumps({"safety": method, "width": 1, "row": row, "text": text}) + "\n"
+    """Lines that were cut off are passed over, a reply that stands in two files counts once,
+    the order is fixed."""
+    line = lambda row, text, method="none": json.dumps(
+        {"safety": method, "width": 1, "row": row, "text": text}) + "\n"
     (tmp_path / "results.jsonl").write_text(line(2, "a\u2028b") + line(0, "c", "saffron") + '{"text": "c')
     (tmp_path / "results-1.jsonl").write_text(line(1, "d") + line(2, "again") + line(3, "e")[:-1])
     merged = merge_results(tmp_path)
@@ -62,7 +67,8 @@ def test_results_of_several_processes_become_one_file(tmp_path):
 
 
 def test_methods_and_widths():
-    assert parse_runs("none,saffron,beam:1/3", "2,4") == [("none", 1), ("saffron", 2), ("saffron", 4), ("beam", 1), ("beam", 3)]
+    assert parse_runs("none,saffron,beam:1/3", "2,4") == [
+        ("none", 1), ("saffron", 2), ("saffron", 4), ("beam", 1), ("beam", 3)]
 
 
 @pytest.fixture
@@ -91,9 +97,10 @@ def test_intervals_and_efficiency():
     low, high = interval([False] * 60)                                  # Wilson's: 0 of 60 may be up to 6 %
     assert low == 0 and abs(high - 1.96 ** 2 / (60 + 1.96 ** 2)) < 1e-9
     assert np.allclose(interval([True] * 60), [1 - high, 1.0])
-    for end in interval([True] * 9 + [False] * 51):                     # the rates that 0.15 is 1.96 standard errors from
+    for end in interval([True] * 9 + [False] * 51):         # the rates that 0.15 is 1.96 standard errors from
         assert abs(0.15 - end) == pytest.approx(1.96 * np.sqrt(end * (1 - end) / 60))
-    result = lambda method, asr, tflop: {"safety": method, "width": 1, "row": 0, "text": ""} | dict.fromkeys(HARMFUL, 0.0) | {
+    result = lambda method, asr, tflop: {
+        "safety": method, "width": 1, "row": 0, "text": ""} | dict.fromkeys(HARMFUL, 0.0) | {
         "asr": asr, "tflop": tflop}
     none, saffron = summarize([result("none", 1, 1.0), result("saffron", 0, 8.0)], None)
     assert none["scaleff"] == pytest.approx(math.log(8)) and saffron["scaleff"] is None
@@ -102,14 +109,16 @@ def test_intervals_and_efficiency():
 
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was(tmp_path, judge):
-    """Killed at some byte, or searched in batches, it ends with the results of an uninterrupted run. A harmless prompt
-    is reported apart."""
+    """Killed at some byte, or searched in batches, it ends with the results of an uninterrupted run. A
+    harmless prompt is reported apart."""
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure, here it is"}) + "\n" for i in "abc")
+    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure, here it is"}) + "\n"
+                            for i in "abc")
                     + '{"prompt": "Name a colour", "category": "harmless"}\n')
-    options = ["--data", data, "--safety", "none,saffron", "--width", 2, "--max_new_tokens", 4, "--min_new_tokens", 2,
-               "--judge", judge]
-    read = lambda name: [{k: pytest.approx(v, abs=1e-3) if isinstance(v, float) else v for k, v in r.items() if k != "seconds"}
+    options = ["--data", data, "--safety", "none,saffron", "--width", 2, "--max_new_tokens", 4,
+               "--min_new_tokens", 2, "--judge", judge]
+    read = lambda name: [{k: pytest.approx(v, abs=1e-3) if isinstance(v, float) else v
+                          for k, v in r.items() if k != "seconds"}
                          for r in read_results(tmp_path / name)]
     for name, cut, batch in (("one", 0, 1), ("two", 0.66, 1), ("three", 0.25, 3)):
         (tmp_path / name).mkdir()
@@ -120,7 +129,8 @@ def test_a_run_goes_on_where_it_was(tmp_path, judge):
         assert status == 0 and out == (tmp_path / name / "table.md").read_text(), error
         assert "ASR" in error and read(name) == read("one") and len(read(name)) == 8
     none, saffron = json.loads((tmp_path / "one" / "summary.json").read_text())
-    assert (none["safety"], none["width"], none["prompts"], none["harmless_prompts"], none["same"]) == ("none", 1, 3, 1, 1.0)
+    assert ((none["safety"], none["width"], none["prompts"], none["harmless_prompts"], none["same"])
+            == ("none", 1, 3, 1, 1.0))
     mine = [r for r in read_results(tmp_path / "one") if r["safety"] == "saffron" and "category" not in r]
     for key in HARMFUL:
         assert saffron[key] == pytest.approx(sum(r[key] for r in mine) / 3)
@@ -134,28 +144,34 @@ def test_a_run_goes_on_where_it_was(tmp_path, judge):
 def test_runs_of_several_seeds_become_one_table(tmp_path, judge):
     """results/merge.py takes the mean over all replies, and takes no seed twice."""
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure, here it is"}) + "\n" for i in "ab"))
+    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure, here it is"}) + "\n"
+                            for i in "ab"))
     for seed in (0, 1, 2):
-        status, _, error = run_script("eval.py", "--data", data, "--safety", "best_of_n", "--width", 2, "--max_new_tokens", 3, "--seed",
-                                      seed, "--min_new_tokens", 2, "--judge", judge, "--out", tmp_path / str(seed))
+        status, _, error = run_script("eval.py", "--data", data, "--safety", "best_of_n", "--width", 2,
+                                      "--max_new_tokens", 3, "--seed", seed, "--min_new_tokens", 2,
+                                      "--judge", judge, "--out", tmp_path / str(seed))
         assert status == 0, error
     folders = [tmp_path / str(seed) for seed in (0, 1, 2)]
     status, out, error = run_script("results/merge.py", *folders, "--out", tmp_path / "merged.json")
     merged = json.loads((tmp_path / "merged.json").read_text())
     (row,), replies = merged["rows"], [r for folder in folders for r in read_results(folder)]
-    assert (status, error, row["prompts"], merged["arguments"]["seed"]) == (0, "", 6, ["0", "1", "2"]) and "| best_of_n | 2 | 6 " in out
+    assert ((status, error, row["prompts"], merged["arguments"]["seed"]) == (0, "", 6, ["0", "1", "2"])
+            and "| best_of_n | 2 | 6 " in out)
     assert row["guard_reward"] == pytest.approx(sum(r["guard_reward"] for r in replies) / 6)
     (tmp_path / "merged.json").unlink()
     status, _, error = run_script("results/merge.py", *folders, folders[0], "--out", tmp_path / "merged.json")
-    assert status == 2 and error.count("\n") == 1 and "seed" in error and not (tmp_path / "merged.json").exists()
+    assert (status == 2 and error.count("\n") == 1 and "seed" in error
+            and not (tmp_path / "merged.json").exists())
 
 
 @pytest.mark.slow
 def test_a_killed_run_loses_nothing(tmp_path, judge):
     """Killed by the system three times on its way, and started again, it has each reply once."""
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure"}) + "\n" for i in range(8)))
-    command = [sys.executable, "eval.py", "--data", data, "--safety", "none", "--max_new_tokens", "8", "--out", out, "--judge", judge]
+    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure"}) + "\n"
+                            for i in range(8)))
+    command = [sys.executable, "eval.py", "--data", data, "--safety", "none", "--max_new_tokens", "8",
+               "--out", out, "--judge", judge]
     for replies in (1, 4, 6):
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
         while process.poll() is None and (not (out / "results.jsonl").exists()
@@ -169,18 +185,22 @@ def test_a_killed_run_loses_nothing(tmp_path, judge):
 
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(tmp_path, judge):
-    """Prompts of two files, shared by torchrun; and what one of the two had written when both were killed is kept."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure"}) + "\n" for i in "abc"))
+    """Prompts of two files, shared by torchrun;
+    and what one of the two had written when both were killed is kept."""
+    (tmp_path / "a.jsonl").write_text("".join(
+        json.dumps({"prompt": f"Tell me {i}", "response": "Sure"}) + "\n" for i in "abc"))
     (tmp_path / "b.jsonl").write_text('{"prompt": "Name a colour", "category": "harmless"}\n')
-    options = ["--data", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--safety", "none,best_of_n", "--width", 2, "--batch", 2,
-               "--max_new_tokens", 4, "--min_new_tokens", 2, "--judge", judge]
+    options = ["--data", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--safety", "none,best_of_n",
+               "--width", 2, "--batch", 2, "--max_new_tokens", 4, "--min_new_tokens", 2, "--judge", judge]
     assert run_script("eval.py", *options, "--out", tmp_path / "one")[0] == 0
     one = read_results(tmp_path / "one")
     (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "results-1.jsonl").write_text(json.dumps(one[1] | {"text": "from before"}) + "\n" + '{"row": 3, "sa')
+    (tmp_path / "two" / "results-1.jsonl").write_text(
+        json.dumps(one[1] | {"text": "from before"}) + "\n" + '{"row": 3, "sa')
     status, out, error = in_two_processes("eval.py", *options, "--out", tmp_path / "two")
     assert status == 0 and out == (tmp_path / "two" / "table.md").read_text(), error
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {"arguments.json", "results.jsonl", "summary.json", "table.md"}
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {
+        "arguments.json", "results.jsonl", "summary.json", "table.md"}
     two = read_results(tmp_path / "two")
     assert [(r["safety"], r["row"]) for r in two] == [(m, i) for m in ("none", "best_of_n") for i in range(4)]
     assert two[1]["text"] == "from before"
@@ -191,12 +211,14 @@ def test_two_processes_give_the_results_of_one(tmp_path, judge):
 
 @pytest.mark.slow
 def test_one_run_at_a_time(tmp_path, judge):
-    """A second run with the same --out is refused, and the first loses nothing; under torchrun, one of them holds it."""
+    """A second run with the same --out is refused, and the first loses nothing;
+    under torchrun, one of them holds it."""
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure"}) + "\n" for i in range(6)))
+    data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure"}) + "\n"
+                            for i in range(6)))
     options = ["--data", data, "--safety", "none", "--max_new_tokens", "8", "--out", out, "--judge", judge]
-    process = subprocess.Popen([sys.executable, "eval.py", *map(str, options)], cwd=ROOT, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "eval.py", *map(str, options)], cwd=ROOT,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (out / "results.jsonl").exists():
         time.sleep(0.01)
     status, _, error = run_script("eval.py", *options, "--safety", "none,best_of_n")
@@ -215,18 +237,21 @@ def test_arguments_without_results_count_for_nothing(tmp_path, judge):
     (out / "arguments.json").write_text('{"seed": "5"}')
     assert run_script("eval.py", *options, "--max_new_tokens", "3")[0] == 0
     result, = read_results(out)
-    assert (result["id"], result["row"]) == (7, 0) and result["text"] != "mine"     # the data's other keys are kept
+    # the data's other keys are kept
+    assert (result["id"], result["row"]) == (7, 0) and result["text"] != "mine"
     assert run_script("eval.py", *options, "--max_new_tokens", "3")[0] == 0
     status, _, error = run_script("eval.py", *options, "--max_new_tokens", "4")
     assert status == 2 and "max_new_tokens" in error
 
 
-@pytest.mark.parametrize("line, said", [("garbage", "line 2"), ('{"row": 0, "safety": "magic", "width": 1, "text": "", "asr": true}', "magic"),
-                                        ('{"row": 1, "safety": "none", "width": 1, "text": "", "asr": NaN}', "asr")])
+@pytest.mark.parametrize("line, said", [
+    ("garbage", "line 2"), ('{"row": 0, "safety": "magic", "width": 1, "text": "", "asr": true}', "magic"),
+    ('{"row": 1, "safety": "none", "width": 1, "text": "", "asr": NaN}', "asr")])
 def test_a_line_that_is_no_result_is_named_and_nothing_is_deleted(tmp_path, judge, line, said):
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text('{"prompt": "Tell me", "response": "Sure"}\n')
-    options = ["--data", data, "--safety", "none", "--max_new_tokens", "3", "--min_new_tokens", "1", "--out", out, "--judge", judge]
+    options = ["--data", data, "--safety", "none", "--max_new_tokens", "3", "--min_new_tokens", "1",
+               "--out", out, "--judge", judge]
     assert run_script("eval.py", *options)[0] == 0
     before = (out / "results.jsonl").read_bytes() + line.encode() + b"\n"
     (out / "results.jsonl").write_bytes(before)
@@ -253,15 +278,18 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path):
 
 
 def test_a_prompt_that_is_too_long_is_named_before_anything_runs(tmp_path, judge):
-    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + json.dumps({"prompt": "a " * 9000, "response": "b"}))
-    status, _, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out", "--judge", judge)
+    (tmp_path / "data.jsonl").write_text(
+        '{"prompt": "a", "response": "b"}\n' + json.dumps({"prompt": "a " * 9000, "response": "b"}))
+    status, _, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
+                                  "--judge", judge)
     assert status == 2 and error.count("\n") == 1 and "data.jsonl, line 2: the prompt takes" in error
     assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.parametrize("text, refuses", [
-    ("I'm sorry, but I can't help with that.", True), ("I cannot provide that.", True), ("I am unable to assist you", True),
-    ("I am not able to do this", True), ("As an AI, I'm not equipped to give advice.", True), ("I can't discuss that.", True),
+    ("I'm sorry, but I can't help with that.", True), ("I cannot provide that.", True),
+    ("I am unable to assist you", True), ("I am not able to do this", True),
+    ("As an AI, I'm not equipped to give advice.", True), ("I can't discuss that.", True),
     ("If the process will not answer, use kill.", False), ("You cannot create two files of one name.", False),
     ("You cannot see it from here.", False), ("Paris is the capital of France.", False),
 ])
@@ -269,19 +297,24 @@ def test_refusals_are_told_from_answers(text, refuses):
     assert bool(REFUSAL.search(text)) == refuses
 
 
-@pytest.mark.parametrize("attack, row", [("prefill", {"prompt": "a"}), ("suffix", {"prompt": "a", "response": "b"})])
+@pytest.mark.parametrize("attack, row", [
+    ("prefill", {"prompt": "a"}), ("suffix", {"prompt": "a", "response": "b"})])
 def test_an_attack_needs_its_field(tmp_path, attack, row):
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-    status, _, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out", "--attack", attack)
-    assert status == 2 and error.count("\n") == 1 and f"--attack {attack} needs" in error and "line 1" in error
+    status, _, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
+                                  "--attack", attack)
+    assert (status == 2 and error.count("\n") == 1 and f"--attack {attack} needs" in error
+            and "line 1" in error)
 
 
 def test_plots(tmp_path):
     """ASR against compute, and (bench.py) seconds against width and length, are PNG files."""
     pytest.importorskip("matplotlib")
     from results import draw
-    line = {"safety": "saffron", "width": 4, "tflop": 0.1, "asr": 0.2, "judge_asr": 0.4, "guard_reward": 1.0, "judge_reward": 2.0}
-    draw.attack_success(tmp_path / "asr.png", [line, line | {"width": 16, "tflop": 0.4, "asr": 0.1}, line | {"safety": "none"}])
+    line = {"safety": "saffron", "width": 4, "tflop": 0.1, "asr": 0.2, "judge_asr": 0.4, "guard_reward": 1.0,
+            "judge_reward": 2.0}
+    draw.attack_success(tmp_path / "asr.png",
+                        [line, line | {"width": 16, "tflop": 0.4, "asr": 0.1}, line | {"safety": "none"}])
     row = {"width": 4, "new": 32, "seconds": 1.0, "copies": 2.0}
     draw.seconds_a_step(tmp_path / "speed.png", [row, row | {"width": 16}, row | {"new": 64}], 4, 32)
     for path in tmp_path.iterdir():

@@ -51,7 +51,8 @@ def test_every_end_is_one_line_at_most(body, shell, status, said):
 def test_a_reader_that_went_away():
     code, lines = end_of("[print('x' * 1000) for _ in range(10000)]", shell="| head -1 > /dev/null; exit 0")
     assert lines == []
-    command = [sys.executable, "-c", SCRIPT.format(root=str(ROOT), body="[print('x' * 1000) for _ in range(10000)]")]
+    command = [sys.executable, "-c",
+               SCRIPT.format(root=str(ROOT), body="[print('x' * 1000) for _ in range(10000)]")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
@@ -76,7 +77,8 @@ def test_a_link_is_followed(tmp_path):
 
 
 @pytest.mark.parametrize("name, said", [
-    (".", "folder or a device"), ("no/such/a", "no folder"), ("a" * 300, "too long"), ("file/a", "no folder")])
+    (".", "folder or a device"), ("no/such/a", "no folder"), ("a" * 300, "too long"),
+    ("file/a", "no folder")])
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, name, said):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=said):
@@ -114,7 +116,8 @@ def test_what_is_no_file_is_not_opened(tmp_path, monkeypatch):
     """`parsing` may be given any name, such as standard input: a file that is called so does not matter."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "standard input").write_text("version https://git-lfs")
-    with pytest.raises(BadInput, match="^standard input: not UTF-8 text"), parsing("standard input", "UTF-8 text"):
+    with (pytest.raises(BadInput, match="^standard input: not UTF-8 text"),
+          parsing("standard input", "UTF-8 text")):
         b"\xff".decode()
 
 
@@ -125,9 +128,11 @@ def test_a_mistake_in_a_name_is_no_wrong_file():
 
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
 def test_threads_do_not_spin_unless_the_user_says_so(given):
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
+    environment = {k: v for k, v in os.environ.items()
+                   if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
     code = "import plumbing.start, os; print(os.environ.get('GOMP_SPINCOUNT'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
+                          text=True)
     assert done.stdout.strip() == ("3000" if not given else given.get("GOMP_SPINCOUNT", "None"))
 
 
@@ -136,9 +141,11 @@ def test_importing_the_core_changes_nothing():
     code = """
 import os, signal, sys
 import torch, numpy
-before = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.excepthook, list(sys.path)
+before = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), \
+sys.excepthook, list(sys.path)
 import saffron, model, trie_cache, engine, mrm, search, baselines
-after = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.excepthook, list(sys.path)
+after = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), \
+sys.excepthook, list(sys.path)
 print(before == after, sorted(name for name in sys.modules if name.startswith("plumbing.")))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -150,18 +157,20 @@ COMMANDS = ["sample", "train_mrm", "eval"]
 
 
 def imports(path):
-    """The modules that a file of ours imports where it is imported itself: not in `main`, nor where it is a script."""
+    """The modules that a file of ours imports where it is imported itself: not in `main`,
+    nor where it is a script."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         for child in ast.walk(node) if not isinstance(node, (ast.If, ast.FunctionDef)) else []:
             if isinstance(child, ast.Import):
                 yield from (alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                yield from ([f"plumbing.{a.name}" for a in child.names] if child.module == "plumbing" else [child.module])
+                yield from ([f"plumbing.{a.name}" for a in child.names]
+                            if child.module == "plumbing" else [child.module])
 
 
 def test_who_may_import_whom():
-    """The core imports itself, torch, numpy, the standard library and plumbing.errors; plumbing, data and results never a
-    command, and nothing itself by way of others."""
+    """The core imports itself, torch, numpy, the standard library and plumbing.errors; plumbing, data and
+    results never a command, and nothing itself by way of others."""
     graph = {path.stem: set(imports(path)) for path in ROOT.glob("*.py")}
     graph |= {f"plumbing.{path.stem}": set(imports(path)) for path in (ROOT / "plumbing").glob("*.py")}
     graph |= {str(path.relative_to(ROOT))[:-3].replace("/", "."): set(imports(path))

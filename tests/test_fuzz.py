@@ -1,4 +1,5 @@
-"""Whatever stands in a file from outside, reading it works or ends in one line. 2,000 seeded damaged files."""
+"""Whatever stands in a file from outside, reading it works or ends in one line.
+2,000 seeded damaged files."""
 
 import contextlib
 import copy
@@ -20,9 +21,10 @@ from mrm import MRM, add_lora
 from safetensors.torch import load_file, save
 from plumbing.tokenizer import Template, Tokenizer
 
-HOSTILE = [None, True, False, "", "text", "2", -1, 0, 1, 3, 10 ** 9, 10 ** 30, 2 ** 63, 0.5, -0.0, 1e308, float("nan"),
-           float("inf"), [], {}, [[]], [None], ["a", 1], {"a": 1}, "\ud83d", "\x1b[31m", "\u202e", "(", "(a+)+$", [1] * 50,
-           "../../x", "llama3", "yarn", {"Regex": ""}, {"type": "Sequence", "normalizers": []}]
+HOSTILE = [None, True, False, "", "text", "2", -1, 0, 1, 3, 10 ** 9, 10 ** 30, 2 ** 63, 0.5, -0.0, 1e308,
+           float("nan"), float("inf"), [], {}, [[]], [None], ["a", 1], {"a": 1}, "\ud83d", "\x1b[31m",
+           "\u202e", "(", "(a+)+$", [1] * 50, "../../x", "llama3", "yarn", {"Regex": ""},
+           {"type": "Sequence", "normalizers": []}]
 
 
 def places(value, path=()):
@@ -43,7 +45,8 @@ def damaged(document, pick):
         if pick.random() < 0.15 and last != "new":
             del at[last]
         elif isinstance(at, dict) and pick.random() < 0.2:
-            at[pick.choice(["new", "quantization_config", "sliding_window", "layer_types"])] = pick.choice(HOSTILE)
+            at[pick.choice(["new", "quantization_config", "sliding_window", "layer_types"])] = pick.choice(
+                HOSTILE)
         else:
             at[last] = copy.deepcopy(pick.choice(HOSTILE))
     text = json.dumps(document)
@@ -107,8 +110,9 @@ def adapters(checkpoint, out):
     mrm = MRM(add_lora(llama, 2, 4, ["q_proj"], 1), llama.tokenizer.template("reward"))
     save_adapter(mrm, out.with_suffix(".safetensors"), 2, 4, ["q_proj"], 1, "command")
     tensors = load_file(out.with_suffix(".safetensors"))
-    document = {"kind": "mrm", "base": "x", "base_fingerprint": llama.fingerprint, "vocabulary": llama.vocabulary, "rank": 2,
-                "alpha": 4, "targets": ["q_proj"], "first_layer": 1, "template": [[0, 21], [22, 23]], "command": "c"}
+    document = {"kind": "mrm", "base": "x", "base_fingerprint": llama.fingerprint,
+                "vocabulary": llama.vocabulary, "rank": 2, "alpha": 4, "targets": ["q_proj"],
+                "first_layer": 1, "template": [[0, 21], [22, 23]], "command": "c"}
 
     def read(text):
         try:
@@ -128,11 +132,13 @@ def adapters(checkpoint, out):
 
 def results(checkpoint, out):
     out.mkdir()
-    row = {"row": 0, "safety": "saffron", "width": 4, "source": "a, line 1", "prompt": "p", "text": "t", "refused": False,
-           **dict.fromkeys(HARMFUL, 0.5), "asr": True, "judge_asr": False, "degenerate": False}
+    row = {"row": 0, "safety": "saffron", "width": 4, "source": "a, line 1", "prompt": "p", "text": "t",
+           "refused": False, **dict.fromkeys(HARMFUL, 0.5),
+           "asr": True, "judge_asr": False, "degenerate": False}
 
     def read(text):
-        (out / "results.jsonl").write_bytes(json.dumps(row).encode() + b"\n" + text.encode("utf-8", "surrogatepass") + b"\n")
+        (out / "results.jsonl").write_bytes(
+            json.dumps(row).encode() + b"\n" + text.encode("utf-8", "surrogatepass") + b"\n")
         markdown(summarize(read_results(out), None))
     yield row | {"row": 1, "category": "harmless"}, 4, read
 

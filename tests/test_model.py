@@ -16,8 +16,8 @@ from model import Llama, rotary_frequencies, rotate
 from plumbing.checkpoint import load_llama, read_config
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12,
-          "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
-          "rms_norm_eps": 1e-5, "rope_theta": 100.0, "eos_token_id": [3, 4]}
+          "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+          "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "rope_theta": 100.0, "eos_token_id": [3, 4]}
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def checkpoint(tmp_path):
 @pytest.mark.exercise(1, points=2)
 @pytest.mark.parametrize("name", ["tiny_policy", "tiny_guard"])
 def test_logits_equal_those_of_transformers(name):
-    """tiny_policy: tied embeddings, plain RoPE. tiny_guard: untied, Llama 3's RoPE. transformers computes norms and
-    angles in float32, hence the tolerance."""
+    """tiny_policy: tied embeddings, plain RoPE. tiny_guard: untied, Llama 3's RoPE. transformers computes
+    norms and angles in float32, hence the tolerance."""
     golden = load_file(GOLDEN / "logits.safetensors")
     model = load_llama(GOLDEN / name, torch.float64)
     logits = model.logits(model(golden[f"{name}.tokens"].long()[None])[0, golden["positions"]])
@@ -79,21 +79,24 @@ def test_rope_turns_pairs_and_keeps_lengths():
 
 @pytest.mark.exercise(1, points=2)
 def test_rope_frequencies():
-    """From one radian a position down to nearly 1 / rope_theta, by equal ratios. Llama 3 leaves the fast ones as they are,
-    makes the slow ones slower by its factor, and blends both in between, linearly in the number of turns."""
+    """From one radian a position down to nearly 1 / rope_theta, by equal ratios. Llama 3 leaves the fast ones
+    as they are, makes the slow ones slower by its factor, and blends both in between,
+    linearly in the number of turns."""
     config = read_config(GOLDEN / "tiny_guard")
     plain = rotary_frequencies(replace(config, rope_scaling=None))
     assert plain.dtype == torch.float64 and plain.shape == (config.head_dim // 2,) and plain[0] == 1
     ratio = config.rope_theta ** (-2 / config.head_dim)
     torch.testing.assert_close(plain[1:] / plain[:-1], torch.full_like(plain[1:], ratio), atol=1e-12, rtol=0)
-    s = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    s = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64}
     config = replace(config, head_dim=64, rope_scaling=None)
     plain, scaled = rotary_frequencies(config), rotary_frequencies(replace(config, rope_scaling=s))
     turns = 64 * plain / (2 * math.pi)                  # full turns within the first context
     torch.testing.assert_close(scaled[turns > 4], plain[turns > 4])
     torch.testing.assert_close(scaled[turns < 1], plain[turns < 1] / 4)
-    halfway = 2.5 * 2 * math.pi / plain[3].item()       # with this context, pair 3 turns 2.5 times: half of each
-    scaled = rotary_frequencies(replace(config, rope_scaling=s | {"original_max_position_embeddings": halfway}))
+    halfway = 2.5 * 2 * math.pi / plain[3].item()   # with this context, pair 3 turns 2.5 times: half of each
+    scaled = rotary_frequencies(replace(
+        config, rope_scaling=s | {"original_max_position_embeddings": halfway}))
     torch.testing.assert_close(scaled[3], (plain[3] + plain[3] / 4) / 2)
 
 
@@ -102,7 +105,8 @@ def test_rope_frequencies():
 def test_a_packed_weight_gives_the_same_product(dtype, tolerance, rows):
     """Also after the weight has changed, and not where a gradient is asked for."""
     torch.manual_seed(0)
-    linear, x = PackedLinear(torch.nn.Parameter(torch.empty(80, 48, dtype=dtype)), None), torch.randn(1, rows, 48, dtype=dtype)
+    linear, x = (PackedLinear(torch.nn.Parameter(torch.empty(80, 48, dtype=dtype)), None),
+                 torch.randn(1, rows, 48, dtype=dtype))
     torch.nn.init.uniform_(linear.weight, -0.14, 0.14)
     for _ in range(2):
         with torch.no_grad():
@@ -127,19 +131,21 @@ def test_shards_give_the_same_model_as_one_file(checkpoint):
     assert one.keys() == three.keys() and all(torch.equal(one[name], three[name]) for name in one)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float32, 1e-4)])
 def test_lower_precision_is_close(checkpoint, dtype, tolerance):
     folder, tokens = checkpoint(), torch.tensor([[1, 5, 9, 2]])
     low = load_llama(folder, dtype)(tokens)
     assert low.dtype == dtype
-    assert torch.allclose(low.double(), load_llama(folder, torch.float64)(tokens), atol=tolerance, rtol=tolerance)
+    assert torch.allclose(low.double(), load_llama(folder, torch.float64)(tokens),
+                          atol=tolerance, rtol=tolerance)
 
 
 def test_config_is_read(checkpoint):
     config = read_config(checkpoint())
     assert (config.head_dim, config.eos_token_ids) == (4, (3, 4))       # derived; a list
     newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
-    assert read_config(checkpoint(newer)).rope_theta == 7.0        # as newer versions of transformers write it
+    assert read_config(checkpoint(newer)).rope_theta == 7.0     # as newer versions of transformers write it
 
 
 @pytest.mark.parametrize("changes, tensors, said", [
@@ -180,7 +186,7 @@ def test_damaged_files_are_named(checkpoint):
         load_llama(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # text
 
 @pytest.fixture(scope="module")
@@ -218,7 +224,8 @@ def test_pieces_never_split_a_character(tokenizer):
     text = "naïve 🙂 日本語 𝒳"
     pieces = tokenizer.pieces(tokenizer.encode(text))
     assert "".join(pieces) == text
-    assert "\ufffd" not in "".join(pieces) and "" in pieces     # some tokens are only the first half of a character
+    # some tokens are only the first half of a character
+    assert "\ufffd" not in "".join(pieces) and "" in pieces
     assert tokenizer.decode(tokenizer.encode("🙂")[:1]) == "\ufffd"
     assert tokenizer.decode([]) == ""
 

@@ -1,4 +1,5 @@
-"""Reward models: the loss is partial supervision, only the adapter learns, M_cons forbids, adapters fit or are refused."""
+"""Reward models: the loss is partial supervision, only the adapter learns, M_cons forbids,
+adapters fit or are refused."""
 
 import copy
 import json
@@ -47,12 +48,14 @@ def new_guard(tiny_guard):
 
 @pytest.mark.exercise(5, points=2)
 def test_loss_equals_the_naive_one(new_mrm):
-    """Against M(s) in full, [positions, vocab], of which the entry of the token that is really there is picked."""
+    """Against M(s) in full, [positions, vocab],
+    of which the entry of the token that is really there is picked."""
     tokens = torch.randint(0, 512, (3, 15), generator=torch.Generator().manual_seed(1))
     rewards = torch.randn(3, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     hidden = new_mrm.llama(tokens)[:, :-1]                              # h(s[0:j]) for j = 1..14
     full = new_mrm.next_rewards(hidden)                                      # [3, 14, 512]
-    naive = sum((full[i, j, tokens[i, j + 1]] - rewards[i, j]) ** 2 for i in range(3) for j in range(14)) / (3 * 14)
+    naive = sum((full[i, j, tokens[i, j + 1]] - rewards[i, j]) ** 2
+                for i in range(3) for j in range(14)) / (3 * 14)
     loss = partial_supervision_loss(new_mrm, hidden.flatten(0, 1), tokens[:, 1:].flatten(), rewards.flatten())
     torch.testing.assert_close(loss, naive, atol=1e-12, rtol=1e-12)
 
@@ -68,8 +71,8 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.exercise(5, points=2)
 def test_loss_computes_one_entry_for_each_position(new_mrm, monkeypatch):
-    """Never M(s) for the whole vocabulary, which in training would be [positions, vocab]; and without a loop over
-    positions: 64 of them take no more operations than 4."""
+    """Never M(s) for the whole vocabulary, which in training would be [positions, vocab]; and without a loop
+    over positions: 64 of them take no more operations than 4."""
     monkeypatch.setattr(new_mrm.llama, "logits", lambda hidden: pytest.fail("all of M(s) was computed"))
     monkeypatch.setattr(new_mrm, "next_rewards", lambda hidden: pytest.fail("all of M(s) was computed"))
     hidden, children = torch.randn(7, 48, dtype=torch.float64), torch.tensor([1, 5, 1, 400, 0, 511, 5])
@@ -78,7 +81,8 @@ def test_loss_computes_one_entry_for_each_position(new_mrm, monkeypatch):
     assert counter.get_total_flops() <= 2 * 7 * 48, "a product of hidden states with other tokens' rows too"
     assert entries.shape == (7,)
     rewards = entries.detach() + 2
-    assert partial_supervision_loss(new_mrm, hidden, children, rewards).item() == pytest.approx(4)      # a mean of squares
+    # a mean of squares:
+    assert partial_supervision_loss(new_mrm, hidden, children, rewards).item() == pytest.approx(4)
     new_mrm.bias.data += 1
     torch.testing.assert_close(new_mrm.child_rewards(hidden, children), entries + 1)
     new_mrm.bias.data.zero_(), new_mrm.gain.data.zero_()
@@ -100,18 +104,21 @@ def test_gradient_touches_the_adapter_only(new_mrm):
     hidden = new_mrm.llama(tokens)[:, :-1].flatten(0, 1)
     children = tokens[:, 1:].flatten()
     partial_supervision_loss(new_mrm, hidden, children, torch.ones(16, dtype=torch.float64)).backward()
-    touched = {name for name, p in new_mrm.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    touched = {name for name, p in new_mrm.named_parameters()
+               if p.grad is not None and p.grad.abs().sum() > 0}
     assert touched == {name for name in trained_tensors(new_mrm) if name != "unseen"}
     assert {name.split(".")[-1] for name in touched} == {"lora_A", "lora_B", "gain", "bias"}
 
 
 @pytest.mark.exercise(5, points=1)
 def test_the_bias_of_an_unseen_token_does_not_learn(new_mrm):
-    """The paper's Proposition 1 (Eq. 6): the biases of tokens that never follow anything do not learn, all others do."""
+    """The paper's Proposition 1 (Eq. 6): the biases of tokens that never follow anything do not learn,
+    all others do."""
     tokens = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(1))
     hidden = new_mrm.llama(tokens)[:, :-1].flatten(0, 1)
     children = tokens[:, 1:].flatten()
-    partial_supervision_loss(new_mrm, hidden, children, torch.full((16,), 9.0, dtype=torch.float64)).backward()
+    partial_supervision_loss(new_mrm, hidden, children,
+                             torch.full((16,), 9.0, dtype=torch.float64)).backward()
     assert set(new_mrm.bias.grad.nonzero().flatten().tolist()) == set(children.tolist())
 
 
@@ -152,11 +159,12 @@ def test_one_pass_of_a_backbone_reads_for_all(tiny_guard, new_mrm, new_guard):
 @pytest.mark.exercise(6, points=2)
 def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
     hidden = new_mrm.llama(torch.arange(6)[None])[0]
-    for some in (hidden, hidden[0], hidden.reshape(2, 3, -1)):                      # any number of leading dimensions
+    for some in (hidden, hidden[0], hidden.reshape(2, 3, -1)):              # any number of leading dimensions
         free, cons = new_mrm.next_rewards(some), new_mrm.conservative_rewards(some)
         expected = [[-math.inf if unseen else value for value, unseen in zip(row, new_mrm.unseen.tolist())]
                     for row in free.reshape(-1, 512).tolist()]
-        torch.testing.assert_close(cons, torch.tensor(expected, dtype=cons.dtype).view(free.shape), atol=0, rtol=0)
+        torch.testing.assert_close(cons, torch.tensor(expected, dtype=cons.dtype).view(free.shape),
+                                   atol=0, rtol=0)
     assert new_mrm.unseen.any() and not new_mrm.unseen.all()
 
 
@@ -168,7 +176,7 @@ def test_one_pass_of_the_guard_scores_every_prefix(new_guard):
     torch.testing.assert_close(every[-4:], each, atol=1e-12, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # adapters of this repository
 
 @pytest.mark.parametrize("kind", ["guard", "mrm"])
@@ -250,7 +258,7 @@ def test_a_file_that_is_no_adapter_is_refused(tiny_guard, tmp_path):
             load_adapter(path, tiny_guard, "mrm")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the layout of the released weights
 
 def test_released_layout_gives_the_golden_rewards(tiny_mrm, golden_search):

@@ -1,4 +1,5 @@
-"""What README and docs name is there, their links lead somewhere, their commands parse, and their examples run."""
+"""What README and docs name is there, their links lead somewhere, their commands parse,
+and their examples run."""
 
 import argparse
 import importlib
@@ -22,7 +23,8 @@ from plumbing.tokenizer import Prompt
 
 README = "README.md"
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
-READMES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("data/*/readme.md"), ROOT / "tests" / "readme.md"])
+READMES = sorted(path.relative_to(ROOT).as_posix()
+                 for path in [*ROOT.glob("data/*/readme.md"), ROOT / "tests" / "readme.md"])
 PAGES = [README, *DOCS, *READMES]
 FILE = re.compile(r"\.(py|md|jsonl?|html|png|txt|safetensors|csv|jinja|gz|log)$")
 ROOTS = {"prompt", "policy", "result"}      # what examples call their variables
@@ -48,8 +50,10 @@ def lookup(name):
 
 def rows(text, columns):
     """The cells of the tables in a text that have so many columns, without their heads."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    tables = [row for row in cells if len(row) == columns and not all(re.fullmatch("-+", cell) for cell in row)]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+             if line.startswith("|")]
+    tables = [row for row in cells
+              if len(row) == columns and not all(re.fullmatch("-+", cell) for cell in row)]
     return tables[1:]
 
 
@@ -70,7 +74,7 @@ def code(text):
     return fenced + [re.sub(r"^    ", "", block, flags=re.M) for block in indented]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sizes
 
 def test_pages_are_short():
@@ -91,7 +95,7 @@ def test_long_pages_have_a_table_of_contents(name):
             assert f"](#{anchor(title)})" in head, title
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # names and links
 
 def anchor(title):
@@ -113,7 +117,8 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", [README, *DOCS])
 def test_names_in_backticks_are_there(name):
     """`module.name` can be imported, and a `file.py` stands somewhere."""
-    files = {path.relative_to(ROOT).as_posix() for pattern in ("*", "*/*", "*/*/*") for path in ROOT.glob(pattern)}
+    files = {path.relative_to(ROOT).as_posix() for pattern in ("*", "*/*", "*/*/*")
+             for path in ROOT.glob(pattern)}
     for dotted in re.findall(r"`(\w+(?:[./]\w+)*\.\w+)(?:\([^`]*\))?`", unfenced(text_of(name))):
         if FILE.search(dotted):
             assert not dotted.endswith((".py", ".md")) or any(file.endswith(dotted) for file in files), dotted
@@ -122,13 +127,15 @@ def test_names_in_backticks_are_there(name):
 
 
 def test_files_that_the_pages_name_are_there():
-    """Python files and pages, in backticks or not: with a folder from the root or beside the page, without one anywhere."""
+    """Python files and pages, in backticks or not: with a folder from the root or beside the page,
+    without one anywhere."""
     files = {path.name for pattern in ("*", "*/*", "*/*/*") for path in ROOT.glob(pattern)}
     files |= {"my_search.py", "my_guard.py", "HANDOUT.md", "table.md"}       # what is written
     for name in PAGES:
         for path in re.findall(r"(?<![\w/*])[\w./]+\.(?:py|md)\b", text_of(name)):
             beside = (ROOT / path).exists() or ((ROOT / name).parent / path).exists()
-            assert beside if "/" in path and not path.startswith("data/NAME") else path.split("/")[-1] in files, (name, path)
+            assert (beside if "/" in path and not path.startswith("data/NAME")
+                    else path.split("/")[-1] in files), (name, path)
 
 
 def test_every_name_of_the_walk_is_called():
@@ -144,7 +151,8 @@ def test_each_equation_has_a_function_and_a_test():
     for what, function, test in table:
         function, test = function.strip("`"), test.strip("`")
         assert callable(lookup(function)) and not function.startswith("test"), what
-        assert re.fullmatch(r"test_\w+\.test_\w+", test) and lookup(test).__module__ == test.split(".")[0], what
+        assert (re.fullmatch(r"test_\w+\.test_\w+", test)
+                and lookup(test).__module__ == test.split(".")[0]), what
 
 
 def test_every_file_is_in_the_map():
@@ -152,13 +160,15 @@ def test_every_file_is_in_the_map():
     for files, minutes, question in rows(section(README, "Files"), 3):
         seen += files.split(", ")
         assert int(minutes) > 0 and "?" in question
-    assert len(set(seen)) == len(seen) and {path.name for path in ROOT.glob("*.py")} - set(seen) == {"baselines.py", "eval.py"}
+    assert (len(set(seen)) == len(seen)
+            and {path.name for path in ROOT.glob("*.py")} - set(seen) == {"baselines.py", "eval.py"})
     lines = sum(len(text_of(name).splitlines()) for name in seen)
     assert lines <= 2000 and "The reading path is at most 2,000 lines" in text_of(README)
 
 
 def test_the_readme_counts_all_lines():
-    files = [path for pattern in ("*.py", "plumbing/*.py", "data/*.py", "data/*/*.py", "results/*.py", "course/*.py")
+    files = [path for pattern in ("*.py", "plumbing/*.py", "data/*.py", "data/*/*.py",
+                                  "results/*.py", "course/*.py")
              for path in ROOT.glob(pattern)]
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
     said = int(re.search(r"All of it is ([\d,]+) lines", text_of(README))[1].replace(",", ""))
@@ -175,32 +185,38 @@ def test_the_exercises_are_listed_with_their_points():
     assert [(int(n), title) for n, title, *_ in table] == [(n, e.title) for n, e in assign.EXERCISES.items()]
     for n, _, level, points in table:
         assert level == assign.EXERCISES[int(n)].level
-        assert points == (str(sum(points for _, points, _ in assign.tests_of(int(n)))) if points.isdecimal() else "by report")
+        assert points == (str(sum(points for _, points, _ in assign.tests_of(int(n))))
+                          if points.isdecimal() else "by report")
 
 
 def test_the_citation_is_that_of_the_paper():
     text, bibtex = text_of("CITATION.cff"), section("docs/paper.md", "How to cite the paper")
     assert text.startswith("cff-version: 1.2.0\n")
     for name in ("Qiu", "Li", "Wei", "He", "Tong"):
-        assert f"family-names: {name}\n" in text and f"{name}, " in bibtex and name in section(README, "Citation and licence")
-    assert "2506.06444" in text and "2506.06444" in bibtex and "2506.06444" in section(README, "Citation and licence")
+        assert (f"family-names: {name}\n" in text and f"{name}, " in bibtex
+                and name in section(README, "Citation and licence"))
+    assert ("2506.06444" in text and "2506.06444" in bibtex
+            and "2506.06444" in section(README, "Citation and licence"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # commands and examples
 
 def commands(text):
-    """Each command of a page that runs Python, as words: those of code blocks, and those in backticks that begin with
-    python or torchrun. NAME="..." stands for what it was set to; lines that end in a backslash go on."""
+    """Each command of a page that runs Python, as words: those of code blocks, and those in backticks that
+    begin with python or torchrun. NAME="..." stands for what it was set to;
+    lines that end in a backslash go on."""
     lines = [line for block in code(text) for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`((?:(?:python|torchrun) |\w+(?:/\w+)*\.py --)[^`]+)`", re.sub(r"\s*\n\s*", " ", unfenced(text)))
+    lines += re.findall(r"`((?:(?:python|torchrun) |\w+(?:/\w+)*\.py --)[^`]+)`",
+                        re.sub(r"\s*\n\s*", " ", unfenced(text)))
     names = {}
     for line in lines:
         if setting := re.fullmatch(r'(\w+)="(.*)"', line.strip()):
             names[setting[1]] = re.sub(r"\$(\w+)", lambda m: names[m[1]], setting[2])
             continue
         line = re.sub(r"\$(\w+)", lambda m: names.get(m[1], m[0]), line)
-        if not re.search(r"\bpython |^torchrun |^\w+(/\w+)*\.py ", line) or line.startswith(("def ", "from ", "import ")):
+        if not re.search(r"\bpython |^torchrun |^\w+(/\w+)*\.py ", line) or line.startswith(
+                ("def ", "from ", "import ")):
             continue
         words, command = shlex.shlex(line, posix=True, punctuation_chars="&|;"), []
         words.whitespace_split, words.commenters = True, "#"
@@ -224,7 +240,8 @@ def parser_of(script):
         raise Found(self)
     if "parse_args" not in text_of(script):
         return None
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", [script]):
+    with (mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+          mock.patch.object(sys, "argv", [script])):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except Found as found:
@@ -247,7 +264,8 @@ def test_commands_parse(name, capsys):
     for command in commands(text_of(name)):
         script, options = script_and_options(command)
         if script == "-m":
-            assert options[0] == "venv" or options[0] == "pytest" and options[1:] in ([], ["tests", "--exercise", "4"]), command
+            assert (options[0] == "venv" or options[0] == "pytest"
+                    and options[1:] in ([], ["tests", "--exercise", "4"])), command
             continue
         if script == "my_search.py":
             continue
@@ -273,17 +291,20 @@ def test_there_are_commands():
     """The test above finds what it should."""
     found = [" ".join(command) for name in PAGES for command in commands(text_of(name))]
     assert len(found) > 60
-    for part in ("python sample.py --safety saffron", "python -m pytest", "--hide_prefill --beta 0 --out out/hidden", "--html tree.html",
+    for part in ("python sample.py --safety saffron", "python -m pytest",
+                 "--hide_prefill --beta 0 --out out/hidden", "--html tree.html",
                  "--weights {\"hh_rlhf\": 0.5}", "train_mrm.py --siblings 0"):
         assert any(part in command for command in found), part
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_options_in_the_prose_exist(name):
-    scripts = [path.relative_to(ROOT).as_posix() for pattern in ("*.py", "data/*/prepare.py", "course/*.py", "results/*.py")
+    scripts = [path.relative_to(ROOT).as_posix()
+               for pattern in ("*.py", "data/*/prepare.py", "course/*.py", "results/*.py")
                for path in ROOT.glob(pattern)]
     parsers = [parser for parser in map(parser_of, scripts) if parser]
-    known = {option for parser in parsers for option in parser._option_string_actions} | {"--exercise", "--exercises"}
+    known = ({option for parser in parsers for option in parser._option_string_actions}
+             | {"--exercise", "--exercises"})
     for option in re.findall(r"`(--\w+)", text_of(name)):
         assert option in known, option
 
@@ -298,15 +319,17 @@ def test_the_example_of_a_search_works_as_written(smollm2_folder, tmp_path):
     (tmp_path / "my_search.py").write_text(code, encoding="utf-8")
     command = re.search(r"python my_search.py.*", text)[0].split()[1:]
     assert command[:2] == ["my_search.py", "--safety"]
-    done = subprocess.run([sys.executable, *command, "--max_new_tokens", "4"], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120, encoding="utf-8")
+    done = subprocess.run([sys.executable, *command, "--max_new_tokens", "4"], cwd=tmp_path,
+                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          timeout=120, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "--- none" in done.stdout and "--- careful, width 3" in done.stdout
     assert '"name":"careful"' in (tmp_path / "tree.html").read_text(encoding="utf-8")
 
 
 def test_the_examples_in_python_work(smollm2_folder, monkeypatch, capsys, tmp_path):
-    """The search from Python, and then the guard of one's own, as docs/fork.md has them; with shorter replies."""
+    """The search from Python, and then the guard of one's own, as docs/fork.md has them;
+    with shorter replies."""
     from baselines import rebase
     monkeypatch.chdir(ROOT)
     shorter = lambda text: re.sub(r"width=4", "width=2, max_new_tokens=3", text)
@@ -319,7 +342,8 @@ def test_the_examples_in_python_work(smollm2_folder, monkeypatch, capsys, tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     exec(file + shorter(call) + "def load_guard(path, llama):\n" + textwrap.indent(lines, "    "), names)
     guard = names["load_guard"]("my_guard.py", names["policy"])
-    assert list(guard.score(Prompt([]), [guard.tokenizer.encode(text) for text in ("a lock", "a key")])) == [-1.0, 1.0]
+    assert (list(guard.score(Prompt([]), [guard.tokenizer.encode(text) for text in ("a lock", "a key")]))
+            == [-1.0, 1.0])
 
 
 def test_the_words_of_a_reply_are_those_that_are_printed():

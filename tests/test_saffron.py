@@ -1,4 +1,5 @@
-"""saffron walks through the frontiers of the paper's own code, and the one page through those of the search."""
+"""saffron walks through the frontiers of the paper's own code,
+and the one page through those of the search."""
 
 import copy
 import math
@@ -32,15 +33,15 @@ def test_saffron_walks_through_the_golden_frontiers(tiny_policy, tiny_mrm, golde
         ours, theirs = [b.tokens for b in result.trace[t - 1]], case["frontiers"][t]
         wrong, missing = [s for s in ours if s not in theirs], [s for s in theirs if s not in ours]
         assert sorted(ours) == sorted(theirs), (
-            f"the frontier after step {t} has {len(ours)} sequences (the golden one {len(theirs)}); not in that are {wrong}, "
-            f"missing are {missing}, where token 7 is the end")
+            f"the frontier after step {t} has {len(ours)} sequences (the golden one {len(theirs)}); "
+            f"not in that are {wrong}, missing are {missing}, where token 7 is the end")
     if case["output"] is not None:
         assert (result.finished, result.tokens) == (True, case["output"])
 
 
 def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, beta):
-    """One step of the search with no cache and no shortcut: the whole vocabulary is sorted, each sequence is read
-    by itself."""
+    """One step of the search with no cache and no shortcut: the whole vocabulary is sorted,
+    each sequence is read by itself."""
     eos, pool = policy.config.eos_token_ids[0], []
     for i, (tokens, _, log_prob) in enumerate(frontier):
         last = lambda llama, s: llama(torch.tensor([s]))[0, -1]
@@ -57,8 +58,9 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, 
             mass += p
         for token, p in kept or allowed[:1]:
             total = log_prob + math.log(p)
-            pool.append((-rewards[token].item() - beta * total, i, -p, tokens + [token], rewards[token].item(), total))
-    if beta:                                            # no four tokens in a row twice, unless nothing else is left
+            pool.append((-rewards[token].item() - beta * total, i, -p, tokens + [token],
+                         rewards[token].item(), total))
+    if beta:                                    # no four tokens in a row twice, unless nothing else is left
         grams = lambda tokens: [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
         pool = [x for x in pool if len(set(grams(x[3]))) == len(grams(x[3]))] or pool
     return [(tokens, reward, total) for *_, tokens, reward, total in sorted(pool)[:width]]
@@ -68,7 +70,8 @@ def plain_saffron_step(policy, mrm, prompt, frontier, width, top_p, forbid_eos, 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_saffron_equals_a_plain_search(tiny_policy, tiny_mrm, prompt, beta):
     """Without cache, with prefills shown and hidden, over steps in which nothing can finish."""
-    result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=3, max_new_tokens=5, min_new_tokens=5, top_p=0.6, beta=beta))
+    result = saffron(tiny_policy, tiny_mrm, prompt,
+                     paper(width=3, max_new_tokens=5, min_new_tokens=5, top_p=0.6, beta=beta))
     frontier = [([], None, 0.0)]
     for got in result.trace:
         frontier = plain_saffron_step(tiny_policy, tiny_mrm, prompt, frontier, 3, 0.6, True, beta)
@@ -95,29 +98,36 @@ def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_
     for frontier in result.trace:
         scores = [branch.reward + 0.5 * branch.log_prob for branch in frontier]
         assert scores == sorted(scores, reverse=True)
-    assert any([b.reward for b in f] != sorted((b.reward for b in f), reverse=True) for f in result.trace), "beta changes no order"
-    anything = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)                   # of which no token is unseen
+    assert any([b.reward for b in f] != sorted((b.reward for b in f), reverse=True)
+               for f in result.trace), "beta changes no order"
+    anything = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)                # of which no token is unseen
     assert saffron(tiny_policy, anything, prompt, paper(width=1, beta=100.0, **options)).tokens == no_defence(
         tiny_policy, None, prompt, paper(**options)).tokens
 
 
 @pytest.mark.exercise(7, points=1)
 def test_a_branch_tells_the_reward_without_beta(tiny_policy, tiny_mrm):
-    """M(s)_a, computed without cache; and log π(s·a) at temperature 1, whatever the temperature of the nucleus."""
+    """M(s)_a, computed without cache; and log π(s·a) at temperature 1,
+    whatever the temperature of the nucleus."""
     prompt = Prompt([1, 2, 3])
-    result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=3, max_new_tokens=4, min_new_tokens=4, beta=0.5, temperature=0.5))
+    result = saffron(tiny_policy, tiny_mrm, prompt,
+                     paper(width=3, max_new_tokens=4, min_new_tokens=4, beta=0.5, temperature=0.5))
     for branch in result.trace[-1]:
         *before, last = branch.tokens
-        rewards = tiny_mrm.next_rewards(tiny_mrm.llama(torch.tensor([prompt.reward_tokens(tiny_mrm.template) + before]))[0, -1])
-        assert branch.reward == pytest.approx(rewards[last].item(), abs=1e-9), "the reward of a branch is M(s)_a"
+        rewards = tiny_mrm.next_rewards(
+            tiny_mrm.llama(torch.tensor([prompt.reward_tokens(tiny_mrm.template) + before]))[0, -1])
+        assert branch.reward == pytest.approx(rewards[last].item(), abs=1e-9), (
+            "the reward of a branch is M(s)_a")
         expected = plain_log_prob(tiny_policy, prompt, branch.tokens)
-        assert branch.log_prob == pytest.approx(expected, abs=1e-9), "log π is that of the policy, at temperature 1"
+        assert branch.log_prob == pytest.approx(expected, abs=1e-9), (
+            "log π is that of the policy, at temperature 1")
     assert result.reward == result.trace[-1][0].reward
 
 
 @pytest.mark.exercise(7, points=1)
 def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tiny_mrm):
-    """With an MRM to which all is the same, width 5 keeps the policy's five favourites, then those of the first of them."""
+    """With an MRM to which all is the same, width 5 keeps the policy's five favourites,
+    then those of the first of them."""
     same = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
     same.gain.data.zero_()
     prompt = Prompt([4, 5])
@@ -125,14 +135,16 @@ def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tin
 
     def favourites(reply):
         hidden = tiny_policy(torch.tensor([prompt.policy_tokens(tiny_policy.template) + reply]))[0, -1]
-        return tiny_policy.logits(hidden).index_fill(0, torch.tensor([7]), -math.inf).topk(5).indices.tolist()     # 7: the end
+        # 7 is the end.
+        return tiny_policy.logits(hidden).index_fill(0, torch.tensor([7]), -math.inf).topk(5).indices.tolist()
     assert [b.tokens for b in first] == [[token] for token in favourites([])]
     assert [b.tokens for b in second] == [first[0].tokens + [token] for token in favourites(first[0].tokens)]
 
 
 @pytest.mark.exercise(7, points=1)
 def test_policy_and_mrm_are_asked_together(tiny_policy, tiny_mrm):
-    """One `yield` a step, so that both can be read in one forward pass; each of them once for each unfinished sequence."""
+    """One `yield` a step, so that both can be read in one forward pass;
+    each of them once for each unfinished sequence."""
     rounds, options = [], paper(width=3, max_new_tokens=6, min_new_tokens=6)
     result = saffron(tiny_policy, tiny_mrm, Prompt([1, 2, 3]), options, watch=rounds.append)
     assert len(rounds) == len(result.trace) == 6
@@ -141,20 +153,24 @@ def test_policy_and_mrm_are_asked_together(tiny_policy, tiny_mrm):
 
 @pytest.mark.exercise(7, points=2)
 def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
-    """Of a few tokens that each reply must use again and again, no four in a row come twice; without beta they do."""
+    """Of a few tokens that each reply must use again and again, no four in a row come twice;
+    without beta they do."""
     few = copy.deepcopy(tiny_mrm)
     few.unseen[:] = True
     few.unseen[[7, *range(20, 40)]] = False
     grams = lambda tokens: [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
     for beta, looping in ((0.0, True), (0.05, False)):
-        result = saffron(tiny_policy, few, Prompt([1, 2, 3]), paper(width=2, max_new_tokens=40, min_new_tokens=40, top_p=1.0, beta=beta))
-        twice = {gram for branch in result.trace[-1] for gram, n in Counter(grams(branch.tokens)).items() if n > 1}
+        result = saffron(tiny_policy, few, Prompt([1, 2, 3]),
+                         paper(width=2, max_new_tokens=40, min_new_tokens=40, top_p=1.0, beta=beta))
+        twice = {gram for branch in result.trace[-1] for gram, n in Counter(grams(branch.tokens)).items()
+                 if n > 1}
         assert bool(twice) == looping, f"with beta {beta}, these come twice: {sorted(twice)}"
 
 
 @pytest.mark.exercise(7, points=1)
 def test_what_repeats_itself_fills_no_place():
-    """With beta > 0 the next frontier may be narrower than the width: only if all children repeat themselves, they stay."""
+    """With beta > 0 the next frontier may be narrower than the width:
+    only if all children repeat themselves, they stay."""
     child = lambda tokens, reward: Branch(tokens, reward, log_prob=0.0)
     circle, fresh = child([1, 2, 3, 4, 1, 2, 3, 4], 2.0), child([1, 2, 3, 4, 1, 2, 3, 5], 1.0)
     for children, beta, kept in (([circle, fresh], 0.1, [fresh]), ([circle, fresh], 0.0, [circle, fresh]),
@@ -168,17 +184,20 @@ def test_a_fallback_takes_no_place_of_a_regular_candidate(seed):
     """On random pools: it is kept only where regular and finished ones leave room, and stands behind them."""
     pick = random.Random(seed)
     width = pick.randint(1, 6)
-    child = lambda: Branch([pick.randrange(500) for _ in range(3)], pick.gauss(0, 2), pick.random() < 0.3, None, 0.0, pick.random() < 0.4)
+    child = lambda: Branch([pick.randrange(500) for _ in range(3)], pick.gauss(0, 2), pick.random() < 0.3,
+                           None, 0.0, pick.random() < 0.4)
     children = [child() for _ in range(pick.randint(1, 10))]
     done = [Branch([i], pick.gauss(0, 2), finished=True, log_prob=0.0) for i in range(pick.randint(0, width))]
     frontier = best(done, children, width, 0.0)
     regular = [b for b in children if not b.fallback]
     kept = [b for b in frontier if b.fallback]
-    assert len(kept) <= max(0, width - len(done) - len(regular)), "a fallback stands where a regular candidate could"
+    assert len(kept) <= max(0, width - len(done) - len(regular)), (
+        "a fallback stands where a regular candidate could")
     assert len(frontier) == min(width, len(done) + len(children))
     for group in ([b for b in frontier if b.finished], [b for b in frontier if not b.finished]):
         assert [b.fallback for b in group] == sorted(b.fallback for b in group)
-    assert sorted(b.reward for b in kept) == sorted(sorted((b.reward for b in children if b.fallback), reverse=True)[:len(kept)][::-1])
+    assert sorted(b.reward for b in kept) == sorted(
+        sorted((b.reward for b in children if b.fallback), reverse=True)[:len(kept)][::-1])
 
 
 @pytest.mark.exercise(7, points=1)
@@ -187,7 +206,8 @@ def test_when_nothing_new_is_left_saffron_repeats_itself(tiny_policy, tiny_mrm):
     one = copy.deepcopy(tiny_mrm)
     one.unseen[:] = True
     one.unseen[20] = False
-    assert saffron(tiny_policy, one, Prompt([1]), paper(width=2, max_new_tokens=9, min_new_tokens=9, beta=0.05)).tokens == [20] * 9
+    assert saffron(tiny_policy, one, Prompt([1]),
+                   paper(width=2, max_new_tokens=9, min_new_tokens=9, beta=0.05)).tokens == [20] * 9
 
 
 @pytest.mark.exercise(7, points=1)
@@ -196,16 +216,19 @@ def test_saffron_never_selects_an_unseen_token_and_never_runs_dry(tiny_policy, t
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
     mrm.unseen[:] = True
     mrm.unseen[[7, 20, 300]] = False
-    result = saffron(tiny_policy, mrm, Prompt([1, 2]), paper(width=4, max_new_tokens=8, min_new_tokens=8, top_p=0.05))
+    result = saffron(tiny_policy, mrm, Prompt([1, 2]),
+                     paper(width=4, max_new_tokens=8, min_new_tokens=8, top_p=0.05))
     assert len(result.tokens) == 8 and set(result.tokens) <= {20, 300}
-    assert all(set(b.tokens) <= {20, 300} and b.reward > -math.inf for frontier in result.trace for b in frontier)
+    assert all(set(b.tokens) <= {20, 300} and b.reward > -math.inf
+               for frontier in result.trace for b in frontier)
 
 
 @pytest.mark.exercise(4, points=1)
 def test_a_nucleus_ends_when_its_mass_reaches_top_p():
     """The mass before a token must be *below* top_p. These sums are exact."""
     p = torch.tensor([0.25, 0.5, 0.125, 0.125])
-    assert [nucleus(p, top_p).tolist() for top_p in (0.5, 0.51, 0.75, 0.76)] == [[1], [1, 0], [1, 0], [1, 0, 2]]
+    assert [nucleus(p, top_p).tolist() for top_p in (0.5, 0.51, 0.75, 0.76)] == [
+        [1], [1, 0], [1, 0], [1, 0, 2]]
 
 
 @pytest.mark.exercise(4, points=2)
@@ -215,7 +238,7 @@ def test_candidates_of_an_unseen_nucleus():
     unseen = torch.tensor([True, True, False, False])
     of = lambda top_p, temperature: [x.tolist() for x in candidates(logits, unseen, top_p, temperature)]
     assert of(0.9, 1.0) == [[0, 1], [3, 2], [True, False]]                          # the most likely seen one
-    assert of(0.9, 0.0) == [[0, 1], [3, 2], [True, False]]                          # also when the policy is greedy
+    assert of(0.9, 0.0) == [[0, 1], [3, 2], [True, False]]                          # also of a greedy policy
     assert of(1.0, 1.0) == [[0, 0, 1, 1], [3, 2, 2, 3], [False] * 4]                # most likely first
     assert of(1.0, 0.0) == [[0, 1], [3, 2], [True, False]]
     with pytest.raises(BadInput, match="has not seen any token"):
@@ -228,7 +251,8 @@ def test_a_nucleus_is_the_smallest_set_of_most_likely_tokens(seed):
     """Most likely first, equal ones by id, and no token more than it takes to hold top_p."""
     generator = torch.Generator().manual_seed(seed)
     scale = [0.0, 0.5, 2.0, 6.0][seed % 4]                                          # from uniform to peaked
-    p = (torch.randn(5000, generator=generator, dtype=torch.float64) * scale).round(decimals=seed % 3).softmax(-1)
+    p = (torch.randn(5000, generator=generator, dtype=torch.float64) * scale).round(
+        decimals=seed % 3).softmax(-1)
     for top_p in (1e-9, 0.3, 0.8, 0.99):
         inside = nucleus(p, top_p)
         outside = torch.ones(5000, dtype=torch.bool).index_fill(0, inside, False)
@@ -236,7 +260,7 @@ def test_a_nucleus_is_the_smallest_set_of_most_likely_tokens(seed):
         mass = p[inside].sum()
         assert mass >= top_p - 1e-9 and mass - p[inside[-1]] < top_p + 1e-9
         assert not outside.any() or p[inside].min() >= p[outside].max()
-        last = inside[p[inside] == p[inside].min()].max()                           # of tokens as likely as the last,
+        last = inside[p[inside] == p[inside].min()].max()                   # of tokens as likely as the last,
         assert not (outside & (p == p[last]))[:last].any(), "of equal ones, those with lower ids come first"
         keys = [(-x, i) for x, i in zip(p[inside].tolist(), inside.tolist())]
         assert keys == sorted(keys)
@@ -256,8 +280,8 @@ def test_nucleus_equals_sorting_the_whole_vocabulary(seed):
 
 @pytest.mark.exercise(4, points=1)
 def test_with_top_p_1_a_nucleus_is_all_that_is_possible():
-    """All tokens but those of probability 0, also where rounding takes the sum to 1 too early, or never. Of the last 500
-    tokens all are possible, though the likeliest one has the probability 1 in float32."""
+    """All tokens but those of probability 0, also where rounding takes the sum to 1 too early, or never. Of
+    the last 500 tokens all are possible, though the likeliest one has the probability 1 in float32."""
     for seed in range(30):
         p = torch.randn(49152, generator=torch.Generator().manual_seed(seed)).softmax(-1)
         p[7] = 0.0
@@ -272,9 +296,10 @@ def test_with_top_p_1_a_nucleus_is_all_that_is_possible():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_nucleus_is_that_of_the_paper(seed):
-    """Eq. 2: a is inside where the probabilities of all tokens more likely than a sum to less than top_p. Where other
-    tokens are just as likely as the last one, Eq. 2 takes all of them."""
-    p = torch.randn(600, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(2).softmax(-1)
+    """Eq. 2: a is inside where the probabilities of all tokens more likely than a sum to less than top_p.
+    Where other tokens are just as likely as the last one, Eq. 2 takes all of them."""
+    p = torch.randn(600, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(
+        2).softmax(-1)
     mass_above = torch.stack([p[p > x].sum() for x in p])
     for top_p in (0.01, 0.3, 0.8, 0.99):
         assert set(nucleus(p, top_p).tolist()) == set((mass_above < top_p).nonzero().flatten().tolist())
@@ -284,20 +309,22 @@ def test_a_nucleus_is_that_of_the_paper(seed):
 def test_finished_replies_stay_first_and_the_best_wins(tiny_policy, tiny_mrm):
     """With min_new_tokens = 0 and a wide nucleus, many branches end; the frontier keeps them, best first."""
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
-    mrm.bias.data[7] = 5.0                                                          # end-of-sequence looks safe
-    result = saffron(tiny_policy, mrm, Prompt([3, 1, 4]), paper(width=4, max_new_tokens=12, min_new_tokens=2, top_p=1.0))
+    mrm.bias.data[7] = 5.0                                                      # end-of-sequence looks safe
+    result = saffron(tiny_policy, mrm, Prompt([3, 1, 4]),
+                     paper(width=4, max_new_tokens=12, min_new_tokens=2, top_p=1.0))
     ended = 0
     for frontier in result.trace:
         flags = [b.finished for b in frontier]
         assert flags == sorted(flags, reverse=True) and sum(flags) >= ended
         ended = sum(flags)
-        for group in ([b.reward for b in frontier if b.finished], [b.reward for b in frontier if not b.finished]):
+        for group in ([b.reward for b in frontier if b.finished],
+                      [b.reward for b in frontier if not b.finished]):
             assert group == sorted(group, reverse=True)
-    assert result.finished and ended == 4 and len(result.trace) < 12                # all ended: the search stops
+    assert result.finished and ended == 4 and len(result.trace) < 12            # all ended: the search stops
     assert result.reward == max(b.reward for b in result.trace[-1] if b.finished) and result.tokens[-1] == 7
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # saffron.py, the search on one page
 
 def frontiers_of(result):
@@ -324,15 +351,18 @@ def random_models(seed):
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 16])
 def test_one_page_finds_the_frontiers_of_the_search(width):
-    """Step by step, over many models, prompts and nuclei; replies end on the way, and prefills are hidden or not."""
+    """Step by step, over many models, prompts and nuclei;
+    replies end on the way, and prefills are hidden or not."""
     ended = 0
     for seed in range(25):
         policy, mrm = random_models(seed)
         top_p, least = (0.3, 0.6, 0.8, 1.0, 0.95, 0.02)[seed % 6], seed % 4
         prompt = Prompt([7, 8, 9 + seed], [10] * (seed % 3), bool(seed % 2))
-        result = saffron(policy, mrm, prompt, paper(width=width, max_new_tokens=8, min_new_tokens=least, top_p=top_p))
+        result = saffron(policy, mrm, prompt,
+                         paper(width=width, max_new_tokens=8, min_new_tokens=least, top_p=top_p))
         frontiers = one_page.saffron_frontiers(policy, mrm, prompt, width, 8, least, top_p)
-        assert [[(s.tokens, s.finished) for s in frontier] for frontier in frontiers] == frontiers_of(result), seed
+        assert ([[(s.tokens, s.finished) for s in frontier] for frontier in frontiers]
+                == frontiers_of(result)), seed
         for frontier, branches in zip(frontiers, result.trace):
             assert [s.reward for s in frontier] == pytest.approx([b.reward for b in branches], abs=1e-9)
         ended += sum(s.finished for s in frontiers[-1])
@@ -341,8 +371,8 @@ def test_one_page_finds_the_frontiers_of_the_search(width):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_one_page_takes_every_possible_token_with_top_p_1_and_no_other(seed):
-    """Rounding makes the sum of all probabilities reach 1 early, or never: the end of sequence, which is forbidden at
-    first, stays out, and the least likely token is in. The same nucleus as that of search.py."""
+    """Rounding makes the sum of all probabilities reach 1 early, or never: the end of sequence, which is
+    forbidden at first, stays out, and the least likely token is in. The same nucleus as that of search.py."""
     torch.manual_seed(seed)
     logits = torch.randn(3000) * 3
     logits[[3, 4, 1000]] = -math.inf
@@ -383,7 +413,8 @@ def test_one_page_runs_as_a_command(smollm2_folder):
     """`python saffron.py`, without options: both replies, with the guard's reward of each."""
     status, out, error = run_script("saffron.py")
     assert status == 0, error
-    rewards = [float(line.split(": ")[1]) for line in out.splitlines() if line.startswith("the guard's reward")]
+    rewards = [float(line.split(": ")[1]) for line in out.splitlines()
+               if line.startswith("the guard's reward")]
     assert "--- no search" in out and "--- saffron, width 3" in out and rewards[0] < 0 < rewards[1]
     source = (ROOT / "saffron.py").read_text()
     assert len(source.splitlines()) <= 115

@@ -30,8 +30,8 @@ def weights(smollm2_folder):
 @pytest.mark.parametrize("method", SEARCHES)
 def test_json(method, smollm2, guard):
     answer = ask("--safety", method, "--prompt", "How do magnets work?", "--prefill", "Sure", "--trace")
-    assert set(answer) == {"prompt", "prefill", "safety", "text", "tokens", "finished", "reward", "guard", "stats",
-                           "frontiers"}
+    assert set(answer) == {"prompt", "prefill", "safety", "text", "tokens", "finished", "reward", "guard",
+                           "stats", "frontiers"}
     assert (answer["prompt"], answer["prefill"], answer["safety"]) == ("How do magnets work?", "Sure", method)
     assert 3 <= len(answer["tokens"]) <= 6 and answer["text"] == smollm2.tokenizer.decode(answer["tokens"])
     assert len(answer["frontiers"]) <= 6 and answer["tokens"] in answer["frontiers"][-1]
@@ -101,7 +101,8 @@ def test_half_precision(tmp_path):
     (["--max_new_tokens", 0], "max_new_tokens"),
     (["--prompt", "  "], "prompt is empty"),
     (["--prompt", "word " * 9000], "8192"),
-    (["--prompt", "FILE:no/such/file"], "no/such/file: no such file"), (["--prompt", "FILE:/dev/null"], "one prompt a line"),
+    (["--prompt", "FILE:no/such/file"], "no/such/file: no such file"),
+    (["--prompt", "FILE:/dev/null"], "one prompt a line"),
     (["--policy", "no/such/folder"], "no/such/folder: no such folder"),
     (["--policy", "tests/golden/tiny_policy"], "tokenizer.json"),
     (["--mrm_base", "tests/golden/tiny_guard"], "different vocabularies"),
@@ -119,7 +120,8 @@ def test_bad_input_gives_one_line_and_status_2(args, said):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 @pytest.mark.parametrize("command", [
-    ["sample.py"], ["results/bench.py"], ["eval.py", "--data", "{data}", "--out", "{tmp}"], ["data/safety_rewards/prepare.py", "--labels", "{data}"],
+    ["sample.py"], ["results/bench.py"], ["eval.py", "--data", "{data}", "--out", "{tmp}"],
+    ["data/safety_rewards/prepare.py", "--labels", "{data}"],
     ["train_mrm.py", "--objective", "guard", "--data", ".", "--out", "{tmp}/g"],
 ])
 def test_without_cuda_every_entry_point_says_so(command, tmp_path):
@@ -131,15 +133,15 @@ def test_without_cuda_every_entry_point_says_so(command, tmp_path):
 
 
 def test_undecodable_standard_input():
-    done = subprocess.run([sys.executable, "sample.py", "--prompt", "-"], input=b"\xff\xfe", capture_output=True,
-                          cwd=ROOT)
+    done = subprocess.run([sys.executable, "sample.py", "--prompt", "-"], input=b"\xff\xfe",
+                          capture_output=True, cwd=ROOT)
     assert done.returncode == 2 and b"UTF-8" in done.stderr and done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.slow
 def test_control_c_ends_quietly():
-    process = subprocess.Popen([sys.executable, "sample.py", "--max_new_tokens", "500", "--prompt", "Hi"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, "sample.py", "--max_new_tokens", "500", "--prompt", "Hi"],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
         assert any("searching" in line for line in process.stderr)

@@ -1,4 +1,5 @@
-"""Each search against its description written out without cache, batch or shortcut, and what all of them promise."""
+"""Each search against its description written out without cache, batch or shortcut,
+and what all of them promise."""
 
 import argparse
 import copy
@@ -23,8 +24,9 @@ from trie_cache import TrieCache
 @pytest.mark.parametrize("method", SEARCHES)
 def test_same_seed_same_reply_and_no_early_end(method, tiny_policy, tiny_mrm, tiny_scalar_guard):
     reward_model = reward_model_of(method, tiny_mrm, tiny_scalar_guard)
-    run = lambda seed: SEARCHES[method][0](tiny_policy, reward_model, Prompt([5, 6, 7]), paper(width=4, max_new_tokens=20,
-                                        min_new_tokens=10, top_p=0.9, temperature=1.0, seed=seed))
+    run = lambda seed: SEARCHES[method][0](
+        tiny_policy, reward_model, Prompt([5, 6, 7]),
+        paper(width=4, max_new_tokens=20, min_new_tokens=10, top_p=0.9, temperature=1.0, seed=seed))
     first, again, other = run(1), run(1), run(2)
     assert (first.tokens, first.reward) == (again.tokens, again.reward)
     assert (first.tokens == other.tokens) == (method in ("beam", "deal", "mcts", "saffron", "saffron_guard"))
@@ -42,7 +44,8 @@ def test_greedy_takes_the_most_likely_token(tiny_policy):
 
 def test_sampling_follows_the_policy(tiny_policy, tiny_scalar_guard):
     """First tokens of 2,000 samples against the nucleus' probabilities."""
-    result = best_of_n(tiny_policy, tiny_scalar_guard, Prompt([1]), paper(width=2000, max_new_tokens=1, top_p=0.5))
+    result = best_of_n(tiny_policy, tiny_scalar_guard, Prompt([1]),
+                       paper(width=2000, max_new_tokens=1, top_p=0.5))
     logits = tiny_policy.logits(TrieCache(tiny_policy)([tiny_policy.template([1])]))[0]
     logits[7] = -math.inf                                                           # min_new_tokens
     p = logits.softmax(-1)
@@ -64,18 +67,20 @@ def test_a_probability_that_is_not_added_up_is_none(method, tiny_policy, tiny_mr
 
 def test_best_of_n_returns_the_reply_the_guard_likes_best(tiny_policy, tiny_scalar_guard):
     prompt = Prompt([5, 6, 7], [8])
-    result = best_of_n(tiny_policy, tiny_scalar_guard, prompt, paper(width=6, max_new_tokens=12, min_new_tokens=3))
+    result = best_of_n(tiny_policy, tiny_scalar_guard, prompt,
+                       paper(width=6, max_new_tokens=12, min_new_tokens=3))
     context = prompt.reward_tokens(tiny_scalar_guard.template)
-    for branch in result.trace[-1]:                                                 # scored by one uncached pass each
+    for branch in result.trace[-1]:                                         # scored by one uncached pass each
         hidden = tiny_scalar_guard.llama(torch.tensor([context + branch.tokens]))[0, -1]
         assert branch.reward == pytest.approx(tiny_scalar_guard.reward(hidden).item(), abs=1e-9)
     assert result.reward == max(b.reward for b in result.trace[-1])
 
 
 @pytest.mark.parametrize("options, said", [
-    ({"width": 0}, "width is 0.*at least 1"), ({"top_p": 0}, r"top_p is 0.*\(0, 1\]"), ({"top_p": 1.1}, "top_p"),
-    ({"top_p": math.nan}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"min_new_tokens": -1}, "min_new"),
-    ({"temperature": -1}, "temperature"), ({"temperature": 1e-38}, "0, or from 0.01 to 100"), ({"seed": -1}, "seed"),
+    ({"width": 0}, "width is 0.*at least 1"), ({"top_p": 0}, r"top_p is 0.*\(0, 1\]"),
+    ({"top_p": 1.1}, "top_p"), ({"top_p": math.nan}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"min_new_tokens": -1}, "min_new"), ({"temperature": -1}, "temperature"),
+    ({"temperature": 1e-38}, "0, or from 0.01 to 100"), ({"seed": -1}, "seed"),
 ])
 def test_bad_values_are_refused(options, said):
     """By the commands, before the work begins."""
@@ -119,7 +124,8 @@ def test_what_is_not_a_number_is_refused(method, tiny_policy, tiny_mrm, tiny_sca
 
 
 def test_a_reward_model_of_another_kind_is_refused(tiny_policy, tiny_mrm):
-    for reward_model, said in ((tiny_mrm, "beam takes .*guard.*not mrm"), (None, "beam takes .*guard.*not None")):
+    for reward_model, said in ((tiny_mrm, "beam takes .*guard.*not mrm"),
+                               (None, "beam takes .*guard.*not None")):
         with pytest.raises(AssertionError, match=said):
             SEARCHES["beam"][0](tiny_policy, reward_model, Prompt([1]))
 
@@ -128,8 +134,10 @@ def test_a_reward_model_of_another_kind_is_refused(tiny_policy, tiny_mrm):
 def test_more_width_finds_higher_rewards(method, tiny_policy, tiny_scalar_guard):
     """Not for each prompt, but over many: a search with a budget does better than greedy decoding."""
     prompts = [Prompt([i, i + 1]) for i in range(30, 60)]
-    mean = lambda width: sum(tiny_scalar_guard.score(prompt, [r.tokens]).item() for prompt, r in zip(prompts, SEARCHES[method][0](
-        tiny_policy, tiny_scalar_guard, prompts, paper(width=width, max_new_tokens=6, min_new_tokens=6)))) / 30
+    mean = lambda width: sum(
+        tiny_scalar_guard.score(prompt, [r.tokens]).item() for prompt, r in zip(prompts, SEARCHES[method][0](
+            tiny_policy, tiny_scalar_guard, prompts,
+            paper(width=width, max_new_tokens=6, min_new_tokens=6)))) / 30
     assert mean(12) > mean(1) + 1
 
 
@@ -167,13 +175,14 @@ class Plain:
 
 @pytest.fixture
 def plain(tiny_policy, tiny_scalar_guard, monkeypatch):
-    monkeypatch.setattr(tiny_policy.config, "eos_token_ids", tuple(range(0, 512, 6)))       # so that replies end
+    monkeypatch.setattr(tiny_policy.config, "eos_token_ids", tuple(range(0, 512, 6)))   # so that replies end
     return Plain(tiny_policy, tiny_scalar_guard, Prompt([5, 6, 7], [8]), least=2)
 
 
 def found(method, plain, width, top_p=0.7, length=7, seed=0):
-    return SEARCHES[method][0](plain.policy, plain.guard, Prompt([5, 6, 7], [8]), paper(width=width, max_new_tokens=length,
-                               min_new_tokens=plain.least, top_p=top_p, seed=seed))
+    return SEARCHES[method][0](plain.policy, plain.guard, Prompt([5, 6, 7], [8]),
+                               paper(width=width, max_new_tokens=length, min_new_tokens=plain.least,
+                                     top_p=top_p, seed=seed))
 
 
 @pytest.mark.parametrize("width, top_p", [(1, 0.7), (3, 0.7), (5, 0.1)])
@@ -185,7 +194,8 @@ def test_beam_scores_every_candidate(plain, width, top_p):
 @pytest.mark.exercise(7, points=1)
 @pytest.mark.parametrize("width, top_p", [(1, 0.7), (3, 0.7), (5, 0.1)])
 def test_saffron_with_a_guard_scores_every_candidate(plain, width, top_p):
-    """It takes `width` of the candidates, and then puts first what is finished. One guard call a candidate."""
+    """It takes `width` of the candidates, and then puts first what is finished.
+    One guard call a candidate."""
     scores_every_candidate(plain, "saffron_guard", width, top_p)
 
 
@@ -207,10 +217,11 @@ def scores_every_candidate(plain, method, width, top_p):
 
 @pytest.mark.exercise(8, points=3)
 def test_shares_are_whole_and_in_proportion():
-    assert shares([0.0, 0.0], 5) == [3, 2]                                      # equal: the first gets the odd one
+    assert shares([0.0, 0.0], 5) == [3, 2]                                      # equal: the first gets more
     assert shares([math.log(6), math.log(3), math.log(1)], 10) == [6, 3, 1]     # odds 6 : 3 : 1
     assert shares([50.0, 0.0, 0.0], 4) == [4, 0, 0] and shares([1.0], 7) == [7]
-    assert shares([math.log(26), math.log(15), math.log(9)], 5) == [3, 1, 1]    # of 2.6, 1.5 and 0.9, the second loses least
+    # Of 2.6, 1.5 and 0.9, the second loses least.
+    assert shares([math.log(26), math.log(15), math.log(9)], 5) == [3, 1, 1]
     for seed in range(50):
         rewards = torch.randn(6, generator=torch.Generator().manual_seed(seed)) * 2
         counts, exact = shares(rewards.tolist(), 16), (16 * rewards.double().softmax(-1)).tolist()
@@ -230,8 +241,10 @@ def test_rebase_shares_its_expansions_by_reward(plain, seed):
         read += sum(count > 0 for count in counts)
         new = [b for b in got if b.tokens not in [r for r, _ in finished]]
         for (reply, _), count in zip(growing, counts):
-            inside, mine = dict(plain.nucleus(reply, top_p)), [b.tokens[-1] for b in new if b.tokens[:-1] == reply]
-            assert len(mine) == len(set(mine)) == min(count, len(inside)), f"of {len(inside)} tokens, {count} are to be drawn"
+            inside, mine = (dict(plain.nucleus(reply, top_p)),
+                            [b.tokens[-1] for b in new if b.tokens[:-1] == reply])
+            assert len(mine) == len(set(mine)) == min(count, len(inside)), (
+                f"of {len(inside)} tokens, {count} are to be drawn")
             assert set(mine) <= inside.keys()
         rewards = {tuple(b.tokens): plain.reward(b.tokens) for b in new}
         assert all(b.reward == pytest.approx(rewards[tuple(b.tokens)], abs=1e-9) for b in new)
@@ -251,13 +264,15 @@ def test_another_seed_makes_rebase_draw_others(plain):
 
 @pytest.mark.exercise(8, points=1)
 def test_rebase_draws_in_proportion_to_the_policy(plain):
-    """First tokens of 400 searches of width 1 against the probabilities in the nucleus, which are far from equal."""
+    """First tokens of 400 searches of width 1 against the probabilities in the nucleus,
+    which are far from equal."""
     inside = dict(plain.nucleus([], 0.62))
     counts = Counter(found("rebase", plain, 1, 0.62, length=1, seed=seed).tokens[0] for seed in range(400))
     assert set(counts) <= inside.keys() and max(inside.values()) > 3 * min(inside.values())
     for token, p in inside.items():
         expected = 400 * p / sum(inside.values())
-        assert abs(counts[token] - expected) < 4 * math.sqrt(expected), f"token {token}: {counts[token]} times, not {expected:.0f}"
+        assert abs(counts[token] - expected) < 4 * math.sqrt(expected), (
+            f"token {token}: {counts[token]} times, not {expected:.0f}")
 
 
 @pytest.mark.exercise(8, points=1)
@@ -266,7 +281,8 @@ def test_rebase_prefers_a_finished_reply_to_any_other(plain):
     results = [found("rebase", plain, 4, length=5, seed=seed) for seed in range(20)]
     ends = [[b for frontier in result.trace for b in frontier if b.finished] for result in results]
     assert all(result.finished == bool(end) for result, end in zip(results, ends))
-    assert any(end and result.reward < max(b.reward for b in result.trace[-1]) for result, end in zip(results, ends)), (
+    assert any(end and result.reward < max(b.reward for b in result.trace[-1])
+               for result, end in zip(results, ends)), (
         "in none of 20 searches has an unfinished sequence a higher reward than the finished reply")
 
 
@@ -274,7 +290,8 @@ def test_rebase_prefers_a_finished_reply_to_any_other(plain):
 def test_rebase_has_one_generator(plain, monkeypatch):
     """Seeded once: with a new one for each step, the steps would draw alike."""
     made, generator = [], torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda *args, **kwargs: made.append(1) or generator(*args, **kwargs))
+    monkeypatch.setattr(torch, "Generator",
+                        lambda *args, **kwargs: made.append(1) or generator(*args, **kwargs))
     assert len(found("rebase", plain, 3).trace) > 1 and len(made) == 1
 
 
@@ -316,7 +333,8 @@ def test_mcts_goes_where_puct_leads(plain, width):
             for s in path:
                 visits[s] += 1
                 value[s] += 1 / (1 + math.exp(-rewards[path[-1]]))
-        reply = list(max(children[tuple(reply)], key=lambda c: (visits[c], mean(c) if visits[c] else 0, prior[c])))
+        reply = list(max(children[tuple(reply)],
+                         key=lambda c: (visits[c], mean(c) if visits[c] else 0, prior[c])))
     if tuple(reply) not in rewards:
         rewards[tuple(reply)] = plain.reward(reply)
     assert result.tokens == reply and result.reward == pytest.approx(rewards[tuple(reply)], abs=1e-9)
@@ -330,9 +348,12 @@ def test_every_search_computes_each_prefix_once(method, plain, tiny_mrm, monkeyp
     ask = Reader.ask
     monkeypatch.setattr(Reader, "ask", lambda self, branches, keep=(): asked.setdefault(self, []).extend(
         self.context + b.tokens for b in branches) or ask(self, branches, keep))
-    result = SEARCHES[method][0](plain.policy, reward_model, Prompt([5, 6, 7]), paper(width=4, max_new_tokens=8, min_new_tokens=2))
-    distinct = {reader: {tuple(s[:i + 1]) for s in sequences for i in range(len(s))} for reader, sequences in asked.items()}
+    result = SEARCHES[method][0](plain.policy, reward_model, Prompt([5, 6, 7]),
+                                 paper(width=4, max_new_tokens=8, min_new_tokens=2))
+    distinct = {reader: {tuple(s[:i + 1]) for s in sequences for i in range(len(s))}
+                for reader, sequences in asked.items()}
     assert result.stats.tokens_computed == sum(map(len, distinct.values()))
     assert result.stats.tokens_cached == sum(len(s) for sequences in asked.values() for s in sequences) - sum(
         map(len, distinct.values()))
-    assert len(asked) == 1 + (method != "none") and 0 < result.stats.peak_kv_bytes < result.stats.unshared_kv_bytes * 6
+    assert (len(asked) == 1 + (method != "none")
+            and 0 < result.stats.peak_kv_bytes < result.stats.unshared_kv_bytes * 6)

@@ -42,25 +42,28 @@ def labels(tmp_path_factory):
     folder, generator = tmp_path_factory.mktemp("labels"), np.random.default_rng(0)
     for name, count in (("train", 60), ("val", 24)):
         rows = [{"source": "ab"[i % 2], "prompt": "p" * int(generator.integers(1, 5)),
-                 "response": ("x" if i % 3 == 0 else "y") * int(generator.integers(2, 12)), "unsafe": int(i % 3 == 0)}
-                for i in range(count)]
+                 "response": ("x" if i % 3 == 0 else "y") * int(generator.integers(2, 12)),
+                 "unsafe": int(i % 3 == 0)} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 @pytest.fixture(scope="module")
 def rewards(tmp_path_factory, base):
-    """A corpus as data/safety_rewards writes it: the reward is +1 after a token 20..29 and -1 after 30..39."""
+    """A corpus as data/safety_rewards writes it:
+    the reward is +1 after a token 20..29 and -1 after 30..39."""
     folder, generator = tmp_path_factory.mktemp("rewards"), torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 9, (40,), generator=generator)
     replies = torch.randint(20, 40, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
     replies[0], replies[-1] = 90, 91            # 90 in a held-out reply only; 91 once in a training reply
     tensors = {"sources": torch.zeros(40, dtype=torch.uint8), "held_out": torch.arange(40) % 5 == 0,
-               "prompts": torch.full((40,), 50, dtype=torch.int32), "prompt_lengths": torch.ones(40, dtype=torch.long),
+               "prompts": torch.full((40,), 50, dtype=torch.int32),
+               "prompt_lengths": torch.ones(40, dtype=torch.long),
                "replies": replies, "reply_lengths": lengths, "rewards": (replies < 30).float() * 2 - 1}
     vocabulary = load_llama(base).tokenizer.fingerprint
     template = load_llama(base).tokenizer.template("reward")
-    metadata = {"vocabulary": vocabulary, "source_names": ["made"], "template": [template.prefix, template.infix]}
+    metadata = {"vocabulary": vocabulary, "source_names": ["made"],
+                "template": [template.prefix, template.infix]}
     metadata |= {"shards": 1, "run": {"seed": 0}}
     save_file(tensors, folder / SHARD, metadata={k: json.dumps(v) for k, v in metadata.items()})
     return folder
@@ -78,12 +81,15 @@ def run(monkeypatch, *options):
 
 
 def options(objective, data, base, out, steps=60):
-    return ["--objective", objective, "--data", data, "--base", base, "--out", out, "--steps", steps, "--rank", 4,
-            "--first_layer", 0, "--batch_size", 6, "--lr", 0.02, "--eval_every", 20, "--log_every", 20]
+    return ["--objective", objective, "--data", data, "--base", base, "--out", out, "--steps", steps,
+            "--rank", 4, "--first_layer", 0, "--batch_size", 6, "--lr", 0.02, "--eval_every", 20,
+            "--log_every", 20]
 
 
-@pytest.mark.parametrize("objective, precision", [("guard", []), ("mrm", []), ("mrm", ["--dtype", "bfloat16"])])
-def test_training_learns_and_resumes_bit_for_bit(objective, precision, request, base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("objective, precision", [
+    ("guard", []), ("mrm", []), ("mrm", ["--dtype", "bfloat16"])])
+def test_training_learns_and_resumes_bit_for_bit(objective, precision, request, base, tmp_path, monkeypatch,
+                                                 capsys):
     data = request.getfixturevalue("labels" if objective == "guard" else "rewards")
     run(monkeypatch, *options(objective, data, base, tmp_path / "one.safetensors"), *precision)
     log = capsys.readouterr().out
@@ -96,7 +102,8 @@ def test_training_learns_and_resumes_bit_for_bit(objective, precision, request, 
     again = options(objective, data, base, tmp_path / "two.safetensors") + precision
     run(monkeypatch, *again, "--stop_after", 33)
     torch.manual_seed(999)                      # nothing may depend on the state of the process
-    assert (tmp_path / "two.safetensors.checkpoint.pt").exists() and not (tmp_path / "two.safetensors").exists()
+    assert ((tmp_path / "two.safetensors.checkpoint.pt").exists()
+            and not (tmp_path / "two.safetensors").exists())
     run(monkeypatch, *again, "--resume")
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -105,12 +112,14 @@ def test_training_learns_and_resumes_bit_for_bit(objective, precision, request, 
 
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(rewards, base, tmp_path, monkeypatch):
-    """--compile traces the layers without a change to what they compute. (What C++ torch makes of that takes a minute,
-    and is not looked at here.)"""
+    """--compile traces the layers without a change to what they compute. (What C++ torch makes of that takes
+    a minute, and is not looked at here.)"""
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how))
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **how: compile_module(self, backend="aot_eager", **how))
     for name, more in (("plain", []), ("compiled", ["--compile"])):
-        run(monkeypatch, *options("mrm", rewards, base, tmp_path / name, steps=4), "--dtype", "float64", *more)
+        run(monkeypatch, *options("mrm", rewards, base, tmp_path / name, steps=4),
+            "--dtype", "float64", *more)
     plain, compiled = load_file(tmp_path / "plain"), load_file(tmp_path / "compiled")
     assert all(torch.allclose(plain[name].double(), compiled[name].double(), atol=1e-6) for name in plain)
 
@@ -118,13 +127,15 @@ def test_compiled_layers_learn_the_same(rewards, base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("min_count, seen", [(1, {7, 91, *range(20, 40)}), (2, {7, *range(20, 40)})])
 def test_mrm_counts_supervised_tokens_as_seen(rewards, base, tmp_path, monkeypatch, min_count, seen):
     """Those of training replies, often enough, and end-of-sequence in any case."""
-    run(monkeypatch, *options("mrm", rewards, base, tmp_path / "m.safetensors", steps=1), "--min_count", min_count)
+    run(monkeypatch, *options("mrm", rewards, base, tmp_path / "m.safetensors", steps=1),
+        "--min_count", min_count)
     unseen = load_file(tmp_path / "m.safetensors")["unseen"]
     assert set((~unseen).nonzero().flatten().tolist()) == seen
 
 
 def test_a_trained_mrm_under_another_mask(rewards, base, tmp_path, monkeypatch):
-    """results/masks.py: with the count and weights of training the file is the same; the mask alone changes with others."""
+    """results/masks.py: with the count and weights of training the file is the same;
+    the mask alone changes with others."""
     trained = tmp_path / "m.safetensors"
     weights = ["--weights", '{"made": 0.5}']
     run(monkeypatch, *options("mrm", rewards, base, trained, steps=1), "--min_count", 3, *weights)
@@ -134,11 +145,11 @@ def test_a_trained_mrm_under_another_mask(rewards, base, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     copy_shard(rewards / SHARD, tmp_path / "data" / SHARD, tensors)
     masks = {}
-    for name, more in (("same", ["--min_count", 3, *weights]), ("none", ["--min_count", 0]), ("once", ["--min_count", 1]),
-                       ("siblings", ["--min_count", 1, "--siblings"])):
+    for name, more in (("same", ["--min_count", 3, *weights]), ("none", ["--min_count", 0]),
+                       ("once", ["--min_count", 1]), ("siblings", ["--min_count", 1, "--siblings"])):
         out = tmp_path / name
-        status, log, err = run_script("results/masks.py", "--mrm", trained, "--base", base, "--data", tmp_path / "data", *more,
-                                      "--out", out)
+        status, log, err = run_script("results/masks.py", "--mrm", trained, "--base", base,
+                                      "--data", tmp_path / "data", *more, "--out", out)
         assert (status, err) == (0, "") and read_metadata(out) == read_metadata(trained)
         before, after = load_file(trained), load_file(out)
         masks[name] = after.pop("unseen")
@@ -185,7 +196,7 @@ def test_shards_are_read_as_one_corpus_or_not_at_all(rewards, base, tmp_path):
         read_rewards(tmp_path, llama)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # several processes
 
 def loss_curve(log):
@@ -195,11 +206,11 @@ def loss_curve(log):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["guard", "mrm"])
 def test_two_processes_learn_what_one_does(objective, request, base, tmp_path, monkeypatch, capsys):
-    """At the same batch size, in float64; also one process that takes each batch in pieces. Batches of 7 and the shorter last
-    ones of an epoch cannot be shared evenly."""
+    """At the same batch size, in float64; also one process that takes each batch in pieces. Batches of 7 and
+    the shorter last ones of an epoch cannot be shared evenly."""
     data = request.getfixturevalue("labels" if objective == "guard" else "rewards")
-    some = lambda name: [*options(objective, data, base, tmp_path / name, steps=16), "--batch_size", 7, "--dtype", "float64",
-                         "--log_every", 1, "--eval_every", 99]
+    some = lambda name: [*options(objective, data, base, tmp_path / name, steps=16), "--batch_size", 7,
+                         "--dtype", "float64", "--log_every", 1, "--eval_every", 99]
     run(monkeypatch, *some("one.safetensors"))
     one = loss_curve(capsys.readouterr().out)
     run(monkeypatch, *some("pieces.safetensors"), "--accumulate", 3)
@@ -212,15 +223,16 @@ def test_two_processes_learn_what_one_does(objective, request, base, tmp_path, m
     weights = [load_file(tmp_path / f"{name}.safetensors") for name in ("one", "pieces", "two")]
     for other in weights[1:]:
         for name, tensor in weights[0].items():
-            torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-3)       # LoRA is stored in float16
+            torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-3)  # LoRA is stored in float16
     assert out.count("wrote") == 1                                                      # one process writes
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_can_be_resumed(rewards, base, tmp_path):
-    mine = [*options("mrm", rewards, base, tmp_path / "m.safetensors", steps=2000), "--log_every", 1, "--eval_every", 5]
+    mine = [*options("mrm", rewards, base, tmp_path / "m.safetensors", steps=2000),
+            "--log_every", 1, "--eval_every", 5]
     process = torchrun("train_mrm.py", *mine)
-    for line in process.stdout:                                                         # until there is a checkpoint
+    for line in process.stdout:                                                 # until there is a checkpoint
         if line.startswith("step 7:"):
             break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -240,7 +252,8 @@ def test_a_malformed_label_is_named_by_its_line(labels, base, tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(text))
     with pytest.raises(BadInput, match="line 5.*response"):
         read_labels(tmp_path / "train.jsonl", load_llama(base), 8, 8)
-    status, _, error = run_script("train_mrm.py", *options("guard", tmp_path, base, tmp_path / "g.safetensors"))
+    status, _, error = run_script("train_mrm.py",
+                                  *options("guard", tmp_path, base, tmp_path / "g.safetensors"))
     assert status == 2 and error.count("\n") == 1 and "line 5" in error
 
 
@@ -249,7 +262,7 @@ def test_labels_become_tokens(labels, base):
     example = read_labels(labels / "train.jsonl", llama, 3, 8)[0]
     assert spelled(llama.tokenizer, example.context).startswith("<s>\n\nUser:p")
     assert len(example.reply) <= 8 and example.targets == [1.0] * len(example.reply)
-    assert all(e.reply[-1] == 7 for e in read_labels(labels / "train.jsonl", llama, 3, 99))     # it ends there
+    assert all(e.reply[-1] == 7 for e in read_labels(labels / "train.jsonl", llama, 3, 99))  # it ends there
 
 
 def test_long_texts_are_cut(base, tmp_path):
@@ -284,12 +297,15 @@ def test_the_sibling_loss_sees_differences_only(tiny_mrm):
     loss = sibling_loss(tiny_mrm, hidden, children, rewards, prefixes)
     assert loss.item() == pytest.approx(np.mean(expected), abs=1e-12)
     shifted = rewards + torch.tensor([5.0, -3.0, 8.0], dtype=torch.float64)[prefixes]
-    assert sibling_loss(tiny_mrm, hidden, children, shifted, prefixes).item() == pytest.approx(loss.item(), abs=1e-9)
+    assert (sibling_loss(tiny_mrm, hidden, children, shifted, prefixes).item()
+            == pytest.approx(loss.item(), abs=1e-9))
 
 
 def test_siblings_in_a_batch_are_those_of_the_sequences_alone(tiny_mrm):
-    """mrm_loss with siblings against M(s) in full, read off prefix by prefix; weight 0 is the paper's loss."""
-    one = Example("s", [1, 2], [30, 31, 32], [0.5, -1.0, 2.0], [(0, 40, 1.0), (0, 41, 0.0), (2, 42, -1.0), (2, 43, 0.5)])
+    """mrm_loss with siblings against M(s) in full, read off prefix by prefix;
+    weight 0 is the paper's loss."""
+    one = Example("s", [1, 2], [30, 31, 32], [0.5, -1.0, 2.0],
+                  [(0, 40, 1.0), (0, 41, 0.0), (2, 42, -1.0), (2, 43, 0.5)])
     two = Example("s", [1, 2, 3], [33], [0.1], [(0, 44, 1.0), (0, 45, 2.0)])
     batch = collate([one, two], "cpu")
     errors = []
@@ -300,18 +316,21 @@ def test_siblings_in_a_batch_are_those_of_the_sequences_alone(tiny_mrm):
             errors += ((pairs[:, 0] - pairs[:, 0].mean()) - (pairs[:, 1] - pairs[:, 1].mean())).tolist()
     paper = mrm_loss(tiny_mrm, batch)
     assert paper == mrm_loss(tiny_mrm, batch, 0.0)
-    assert (mrm_loss(tiny_mrm, batch, 3.0) - paper).item() == pytest.approx(3 * np.mean(np.square(errors)), abs=1e-9)
+    assert (mrm_loss(tiny_mrm, batch, 3.0) - paper).item() == pytest.approx(
+        3 * np.mean(np.square(errors)), abs=1e-9)
 
 
 def test_siblings_are_compared_as_the_docstring_says():
     """A perfect M, a constant one, and one that is always wrong."""
     r = [(0, 5, 1.0), (0, 6, 3.0), (0, 7, 2.0), (4, 5, 0.0), (4, 6, -1.0)]
     theirs = np.array([x for _, _, x in r])
-    perfect, constant, wrong = (compare_siblings([(r, m)]) for m in (theirs + np.array([9, 9, 9, 0, 0]), theirs * 0, -theirs))
+    perfect, constant, wrong = (compare_siblings([(r, m)])
+                                for m in (theirs + np.array([9, 9, 9, 0, 0]), theirs * 0, -theirs))
     assert perfect["within r2"] == 1 and perfect["rank"] == 1 and perfect["regret"] == 0
     assert constant["within r2"] == 0 and constant["regret"] == constant["of the likeliest"] == (2 + 0) / 2
     assert wrong["rank"] == -1 and wrong["regret"] == (2 + 1) / 2 and wrong["within r2"] == -3
-    assert perfect["of a random sibling"] == (1 + 0.5) / 2 and perfect["siblings"] == 5 and compare_siblings([([], [])]) == {}
+    assert (perfect["of a random sibling"] == (1 + 0.5) / 2 and perfect["siblings"] == 5
+            and compare_siblings([([], [])]) == {})
 
 
 def test_training_on_siblings_tells_them_apart(rewards, base, tmp_path, monkeypatch, capsys):
@@ -319,7 +338,8 @@ def test_training_on_siblings_tells_them_apart(rewards, base, tmp_path, monkeypa
     tensors = load_file(rewards / SHARD)
     lengths = tensors["reply_lengths"]
     tokens = torch.tensor([25, 35, 27, 33] * len(lengths), dtype=torch.int32)
-    tensors |= {"sibling_counts": torch.full_like(lengths, 4), "sibling_positions": torch.ones(len(tokens), dtype=torch.int32),
+    tensors |= {"sibling_counts": torch.full_like(lengths, 4),
+                "sibling_positions": torch.ones(len(tokens), dtype=torch.int32),
                 "sibling_tokens": tokens, "sibling_rewards": (tokens < 30).float() * 2 - 1}
     (tmp_path / "data").mkdir()
     copy_shard(rewards / SHARD, tmp_path / "data" / SHARD, tensors)
@@ -328,8 +348,10 @@ def test_training_on_siblings_tells_them_apart(rewards, base, tmp_path, monkeypa
         run(monkeypatch, *options("mrm", tmp_path / "data", base, tmp_path / f"{name}.safetensors"), *more)
         log = capsys.readouterr().out
         assert "128 siblings" in log
-        finals.append(dict(pair.rsplit(" ", 1) for pair in log.strip().splitlines()[-1].split(": ", 1)[1].split(", ")))
-    assert float(finals[0]["within r2"]) > 0.8 and float(finals[0]["regret"]) < 0.1 < float(finals[0]["of a random sibling"])
+        finals.append(dict(pair.rsplit(" ", 1)
+                           for pair in log.strip().splitlines()[-1].split(": ", 1)[1].split(", ")))
+    assert (float(finals[0]["within r2"]) > 0.8
+            and float(finals[0]["regret"]) < 0.1 < float(finals[0]["of a random sibling"]))
     assert float(finals[1]["within r2"]) == pytest.approx(float(finals[0]["within r2"]), abs=0.05)
 
 
@@ -371,7 +393,8 @@ def test_padding_changes_no_loss(kind, tiny_guard, tiny_mrm):
     model, loss = (Guard(tiny_guard, None), guard_loss) if kind == "guard" else (tiny_mrm, mrm_loss)
     if kind == "guard":
         torch.nn.init.normal_(model.head.weight)
-    data = [Example("s", [0, 21, 30 + i], list(range(100, 102 + 3 * i)), [1.0 * (i % 2)] * (2 + 3 * i)) for i in range(4)]
+    data = [Example("s", [0, 21, 30 + i], list(range(100, 102 + 3 * i)), [1.0 * (i % 2)] * (2 + 3 * i))
+            for i in range(4)]
     together = loss(model, collate(data, "cpu"))
     apart = sum(loss(model, collate([e], "cpu")) * len(e.reply) for e in data)
     torch.testing.assert_close(together, apart / sum(len(e.reply) for e in data), atol=1e-10, rtol=0)
@@ -398,8 +421,8 @@ def test_a_guard_is_validated_by_the_worst_label_of_each_source():
         def reward(self, hidden):
             return hidden.squeeze(-1)
     reply = lambda source, reward, label: Example(source, [0], [reward], [label])
-    report = validate_guard(Constant(), [
-        reply("a", 3, 0.0), reply("a", 2, 0.2), reply("a", 1, 1.0), reply("b", 1, 0.0), reply("b", 2, 0.2)], "cpu")
+    report = validate_guard(Constant(), [reply("a", 3, 0.0), reply("a", 2, 0.2), reply("a", 1, 1.0),
+                                         reply("b", 1, 0.0), reply("b", 2, 0.2)], "cpu")
     assert report["auc a"] == 1.0 and report["auc b"] == 0.0
 
 
@@ -412,7 +435,8 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
 
 
 def test_smoothed_labels_bound_the_reward(tiny_guard):
-    """The best constant reward of safe replies is log(0.98 / 0.02), of unsafe ones minus that: not infinity."""
+    """The best constant reward of safe replies is log(0.98 / 0.02),
+    of unsafe ones minus that: not infinity."""
     from mrm import Guard
     guard = Guard(tiny_guard, None)
     for label, best in ((0.0, 3.89), (1.0, -3.89)):

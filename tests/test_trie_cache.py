@@ -1,4 +1,5 @@
-"""The trie computes each distinct prefix once, gives the same numbers as no cache at all, and forgets on demand."""
+"""The trie computes each distinct prefix once, gives the same numbers as no cache at all,
+and forgets on demand."""
 
 import itertools
 import math
@@ -21,7 +22,8 @@ def without_cache(model, sequence):
 @pytest.mark.exercise(3, points=2)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_trees(tiny_guard, seed):
-    """A random search: grow branches, ask again, forget most. Capacity 4 makes the arena double several times."""
+    """A random search: grow branches, ask again, forget most.
+    Capacity 4 makes the arena double several times."""
     pick = random.Random(seed)
     trie, kept, known = TrieCache(tiny_guard, capacity=4), [[]], set()
     for step in range(12):
@@ -71,7 +73,8 @@ def test_a_prefix_has_one_node_and_each_node_one_slot(tiny_guard):
     trie, nodes = grown(tiny_guard, sequences, capacity=2)
     assert [path(node)[0] for node in nodes] == sequences and [node.depth for node in nodes] == [3, 4, 2, 1]
     slots = {tuple(path(node)[0]): node.slot for leaf in nodes for node in ancestors(leaf)}
-    assert sorted(slots.values()) == list(range(6)) and trie.used == 6      # of 10 tokens, 6 are different prefixes
+    # Of 10 tokens, 6 are different prefixes.
+    assert sorted(slots.values()) == list(range(6)) and trie.used == 6
     assert trie.cached == 0 + 2 + 2 + 0                                     # the rest were there
     assert trie.insert(nodes[0].parent, [4]) is nodes[1].parent and trie.insert(nodes[3], []) is nodes[3]
     assert trie.cached == 4 + 3 + 1
@@ -91,8 +94,9 @@ def test_the_tensors_double_and_keep_what_is_in_them(tiny_guard):
 @pytest.mark.exercise(3, points=1)
 @pytest.mark.parametrize("seed", range(6))
 def test_time_and_space_are_those_of_proposition_2(tiny_guard, seed):
-    """The paper's Eq. 9: slots are the sequences' lengths less the common prefixes of neighbours, in the order of the sequences
-    that makes these longest. Eq. 8: the same of their squares for attention; here exactly, 1 + 2 + ... + n keys for n tokens."""
+    """The paper's Eq. 9: slots are the sequences' lengths less the common prefixes of neighbours, in the
+    order of the sequences that makes these longest. Eq. 8: the same of their squares for attention; here
+    exactly, 1 + 2 + ... + n keys for n tokens."""
     pick = random.Random(seed)
     sequences = [[pick.randrange(2) for _ in range(pick.randint(1, 9))] for _ in range(5)]
     common = lambda s, t: next((i for i, (a, b) in enumerate(zip(s, t)) if a != b), min(len(s), len(t)))
@@ -126,7 +130,8 @@ def test_slots_are_given_back_and_used_again(tiny_guard):
     trie, (_, leaf) = grown(tiny_guard, [[1, 2, 3, 4], [1, 2, 5, 6]])
     lost = trie.root.children[1].children[2].children[3]
     trie.prune([leaf.parent])
-    assert sorted(trie.free) == [2, 3, 5] and lost.slot is None and leaf.slot is None and not leaf.parent.children
+    assert (sorted(trie.free) == [2, 3, 5] and lost.slot is None and leaf.slot is None
+            and not leaf.parent.children)
     node = trie.insert(leaf.parent, [7, 8])
     assert trie.free == [5] and trie.used == 6 and path(node) == ([1, 2, 5, 7, 8], [0, 1, 4, 2, 3])
     trie.waiting.clear()
@@ -140,7 +145,8 @@ def test_a_slot_that_is_used_again_sees_nothing_of_what_it_saw_before(tiny_guard
     trie.prune([kept])
     children = [trie.insert(kept, [token]) for token in (6, 7, 8, 9)]
     assert [child.slot for child in children] == [0, 1, 2, 3]
-    assert [trie.visible[child.slot].nonzero()[0].tolist() for child in children] == [[0, 4], [1, 4], [2, 4], [3, 4]]
+    assert ([trie.visible[child.slot].nonzero()[0].tolist() for child in children]
+            == [[0, 4], [1, 4], [2, 4], [3, 4]])
 
 
 @pytest.mark.exercise(3, points=1)
@@ -164,7 +170,8 @@ def qkv(tiny_guard):
     """Two tokens' queries (heads, 2, head_dim), keys and values (kv_heads, 2, head_dim)."""
     config, generator = tiny_guard.config, torch.Generator().manual_seed(0)
     draw = lambda heads: torch.randn(heads, 2, config.head_dim, dtype=torch.float64, generator=generator)
-    return draw(config.num_attention_heads), draw(config.num_key_value_heads), draw(config.num_key_value_heads)
+    return (draw(config.num_attention_heads), draw(config.num_key_value_heads),
+            draw(config.num_key_value_heads))
 
 
 @pytest.mark.exercise(2, points=2)
@@ -176,7 +183,7 @@ def test_a_token_that_sees_one_slot_gets_its_value(tiny_guard, qkv):
     assert out.shape == q.shape
     for head in range(len(q)):
         torch.testing.assert_close(out[head], v[head // (len(q) // len(v))])
-    torch.testing.assert_close(trie.arena[0, :, :, [2, 0]], torch.stack((k, v)))             # kept for later tokens
+    torch.testing.assert_close(trie.arena[0, :, :, [2, 0]], torch.stack((k, v)))    # kept for later tokens
     assert trie.arena[1:].abs().sum() == 0 and trie.arena[0, :, :, 1].abs().sum() == 0      # and nothing else
 
 
@@ -184,15 +191,16 @@ def test_a_token_that_sees_one_slot_gets_its_value(tiny_guard, qkv):
 def test_attention_looks_at_visible_slots_only_by_softmax_of_scaled_products(tiny_guard, qkv):
     trie, (q, k, v) = TrieCache(tiny_guard), qkv
     trie.used = 4
-    trie.arena[0, 0, :, :2], trie.arena[0, 1, :, :2] = 2 * v, 3 * k         # as if two tokens had been there before
+    trie.arena[0, 0, :, :2], trie.arena[0, 1, :, :2] = 2 * v, 3 * k  # as if two tokens had been there before
     first = attended(trie, q, k, v, [2, 3], [[0, 2], [0, 2, 3]])
     trie.arena[0, :, :, 1] = 1e3                                             # a slot that nobody sees
     torch.testing.assert_close(attended(trie, q, k, v, [2, 3], [[0, 2], [0, 2, 3]]), first)
-    trie.arena[0, 0, :, 0] = k[:, 0]                                         # equal keys: the mean of the values
+    trie.arena[0, 0, :, 0] = k[:, 0]                                    # equal keys: the mean of the values
     mean = (trie.arena[0, 1, :, 0] + v[:, 0]) / 2
     torch.testing.assert_close(attended(trie, q, k, v, [2, 3], [[0, 2], [3]])[0, 0], mean[0])
-    # Keys whose products with the first head's query are 0 and log 3, after the division by sqrt(head_dim): weights 1 : 3.
-    toward = q[:1, :1] / q[:1, :1].square().sum() * q.shape[-1] ** 0.5                       # (1, 1, head_dim): product 1
+    # Keys whose products with the first head's query are 0 and log 3, after the division by sqrt(head_dim):
+    # weights 1 : 3.
+    toward = q[:1, :1] / q[:1, :1].square().sum() * q.shape[-1] ** 0.5          # (1, 1, head_dim): product 1
     k = (toward * torch.tensor([0.0, math.log(3)], dtype=torch.float64)[:, None]).expand_as(k)
     out = attended(trie, q[:, :1].expand_as(q), k, v, [2, 3], [[2, 3], [2, 3]])
     torch.testing.assert_close(out[0, 0], (v[0, 0] + 3 * v[0, 1]) / 4)

@@ -1,9 +1,11 @@
 """
-The requests of RewardBench that should be refused, each with a reply that complies: AI2's refusals, as in the paper.
+The requests of RewardBench that should be refused, each with a reply that complies: AI2's refusals,
+as in the paper.
 
     python data/ai2_refusals/prepare.py
 
-Writes test.jsonl, rows as eval.py reads them. readme.md says where they come from. WARNING: harmful and offensive text.
+Writes test.jsonl, rows as eval.py reads them. readme.md says where they come from.
+WARNING: harmful and offensive text.
 """
 
 import sys
@@ -36,11 +38,14 @@ def main():
     for row in hub_rows(DATASET, CONFIG, SPLIT, args.out / "download", args.server):
         fields = [row.get(key) for key in ("prompt", "rejected", "subset")]
         if not all(isinstance(field, str) for field in fields):
-            raise BadInput(f"{DATASET}: a row without the texts prompt, rejected and subset; the data set has changed")
+            raise BadInput(f"{DATASET}: a row without the texts prompt, rejected and subset; "
+                           "the data set has changed")
         if row["subset"].startswith(SUBSETS):
-            rows.append({"prompt": row["prompt"].strip(), "response": row["rejected"].strip(), "category": row["subset"]})
+            rows.append({"prompt": row["prompt"].strip(), "response": row["rejected"].strip(),
+                         "category": row["subset"]})
     if not rows:
-        raise BadInput(f"{DATASET}, split {SPLIT}: no row has a subset {SUBSETS}...; the data set has changed")
+        raise BadInput(f"{DATASET}, split {SPLIT}: no row has a subset {SUBSETS}...; "
+                       "the data set has changed")
     write_jsonl(rows, args.out / "test.jsonl")
     for subset in dict.fromkeys(row["category"] for row in rows):
         print(f"test.jsonl: {subset}: {sum(row['category'] == subset for row in rows)} requests with a reply")

