@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 @dataclass
 class LlamaConfig:
-    """What a Llama needs of config.json, under the names that it has there; the last four are ours."""
+    """What a Llama needs of config.json, under the names that it has there; the last five are ours."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -41,6 +41,7 @@ class LlamaConfig:
     qkv_bias: bool = False                 # Qwen2: q, k and v have a bias
     qk_norm: bool = False                  # Qwen3: the heads of q and k are normed
     eos_token_ids: tuple = ()              # every id that ends a sequence
+    end_of_turn: int | None = None         # the one of these that ends a turn: labelled replies end with it
     name: str = ""                         # which checkpoint this is, for messages
 
     @property

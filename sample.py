@@ -20,7 +20,7 @@ from pathlib import Path
 from baselines import SEARCHES
 from plumbing import options, page, report
 from plumbing.checkpoint import DEFAULT
-from plumbing.files import check_output, read_prompts
+from plumbing.files import check_output
 from plumbing.parser import Parser
 from saffron import PREFILL, PROMPT
 
@@ -53,7 +53,7 @@ def parse_arguments():
     if args.example:
         args.prompt = PROMPT
         args.prefill = args.prefill or PREFILL
-    args.prompts = read_prompts(args.prompt)
+    args.prompts = options.read_prompts(args.prompt)
     if args.html and (len(args.prompts) > 1 or args.html.resolve() == page.TEMPLATE):
         parser.error(f"--html {args.html}: expected one prompt, and not the template page.html")
     if args.html:

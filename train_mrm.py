@@ -39,7 +39,7 @@ from plumbing.files import check_output
 from plumbing.guards import load_guard
 from plumbing.parallel import is_first, join_processes, log, run_beside_others
 from plumbing.parser import Parser, number
-from plumbing.resume import load_checkpoint, save_checkpoint
+from plumbing.resume import load_checkpoint, run_identity, save_checkpoint
 from plumbing.validate import histogram, validate_guard, validate_mrm
 from plumbing.mixture import weigh, weights
 
@@ -229,7 +229,8 @@ def train(args):
     if dist.is_initialized():
         objective = DistributedDataParallel(objective)
     checkpoint = out.with_name(out.name + ".checkpoint.pt")
-    step = load_checkpoint(checkpoint, args, reward_model, optimizer) if args.resume else 0
+    run = run_identity(args, llama, training)
+    step = load_checkpoint(checkpoint, run, reward_model, optimizer) if args.resume else 0
     log(f"{args.objective}: {len(training)} replies, {sum(len(e.reply) for e in training)} supervised tokens"
         f", {sum(len(e.siblings) for e in training)} siblings, "
         f"{sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps")
@@ -261,7 +262,7 @@ def train(args):
             log(f"step {step}: loss {np.mean(losses[-args.log_every:]):.6g}, "
                 f"{tokens_read / (time.time() - started):.0f} tokens/s")
         if is_first() and step < args.steps and (step % args.eval_every == 0 or step == args.stop_after):
-            save_checkpoint(checkpoint, args, step, reward_model, optimizer)
+            save_checkpoint(checkpoint, run, step, reward_model, optimizer)
             with torch.compiler.set_stance("force_eager"):  # not compiled anew for a validation
                 report = validate(reward_model, some, args.device)
             log_report(f"step {step}, {len(some)} held-out replies", report)

@@ -145,12 +145,18 @@ def grade(folder, numbers, cases, limit):
             many = f" ({len(wrong)} of {len(mine)} cases)" if len(mine) > 1 else ""
             failed.append(f"{test}: {worst}{many}")
     points = list(earned.values())
-    return [folder.resolve().name, *points, sum(points), sentence(failed), sentence(suspicions)]
+    return [cell(folder.resolve().name), *points, sum(points), sentence(failed), sentence(suspicions)]
 
 
 def sentence(reasons):
     """For a cell of the table: each reason once, in one line. (Some are texts of the student's.)"""
-    return "; ".join(dict.fromkeys(printable(" ".join(str(reason).split()))[:200] for reason in reasons))
+    lines = [printable(" ".join(str(reason).split()))[:200] for reason in reasons]
+    return cell("; ".join(dict.fromkeys(lines)))
+
+
+def cell(text):
+    """A text for the table: a spreadsheet would take one that begins so for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def parse_arguments():

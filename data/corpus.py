@@ -72,7 +72,7 @@ def read_labels(path, llama, max_prompt, max_reply):
             label = read_field(row, "unsafe", float, 0, 1)
         context = template(llama.tokenizer.encode(prompt)[-max_prompt:])
         prefill = llama.tokenizer.encode(prefill)
-        response = llama.tokenizer.encode(response) + [llama.config.eos_token_ids[0]]
+        response = llama.tokenizer.encode(response) + [llama.config.end_of_turn]
         targets = [1.0] * len(prefill) + [label] * len(response)
         reply = (prefill + response)[:max_reply]
         examples.append(Example(source, context, reply, targets[:max_reply]))

@@ -33,7 +33,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):                                                       # (..., d_in)
         if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.device.type != "cpu"
-                or not packable(x.dtype)):
+                or not packable(x.dtype) or self.weight.is_inference()):    # whose changes are not counted
             return F.linear(x, self.weight, self.bias)                          # (..., d_out)
         return torch.ops.mkldnn._linear_pointwise(x, packed(self.weight), self.bias, "none", [], "")
 
@@ -46,11 +46,16 @@ def packable(dtype):
 
 def packed(weight):
     """A copy of a weight in the blocked order that oneDNN reads fastest, made at first use and again after
-    the weight was changed. It is kept as a field of the weight: models that share a weight share its copy."""
+    the weight was changed. It is kept as a field of the weight: models that share a weight share its copy.
+
+    A change is seen if torch counts it (as of weight.mul_(2) under no_grad), or if it changes one of eight
+    samples of the weight. So weight.data.mul_(2) is seen; weight.data[3, 5] = 1 is not."""
     state = (weight.data_ptr(), weight._version)
-    if getattr(weight, "packed_state", None) != state:
+    if getattr(weight, "packed_state", None) != state or not torch.equal(weight.samples, weight.sampled):
         weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         weight.packed_state = state
+        weight.samples = weight.detach().flatten()[::max(1, weight.numel() // 8)]       # a view of the weight
+        weight.sampled = weight.samples.clone()
     return weight.packed
 
 

@@ -6,10 +6,10 @@ there whole or not at all.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 from plumbing.errors import BadInput
@@ -106,18 +106,20 @@ def read_jsonl(path):
             yield i, row
 
 
-def read_prompts(prompt):
-    """The prompts that an argument stands for: for - all of standard input, for FILE:path each line, else
-    itself. Raises BadInput for a file that has none or is no text."""
-    if prompt == "-":
-        with parsing("standard input", "UTF-8 text"):
-            return [sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")]
-    if not prompt.startswith("FILE:"):
-        return [prompt]
-    lines = [line for _, line in read_lines(prompt.removeprefix("FILE:"))]
-    if not lines:
-        raise BadInput(f"--prompt {prompt}: expected one prompt a line, but the file is empty")
-    return lines
+def content_hash(path):
+    """12 hex digits of what is in a file, or of all files of a folder that a model is read from."""
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".pt"))
+    digest = hashlib.sha256()
+    for one in files:
+        if path.is_dir():
+            digest.update(one.name.encode())
+        with open(one, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 @contextlib.contextmanager

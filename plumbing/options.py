@@ -4,6 +4,7 @@ What the commands share: options, the models that these name, and what a user ma
 A command checks all of that before its work begins: the algorithm itself only asserts.
 """
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from plumbing.adapters import check_vocabulary
 from plumbing.checkpoint import DEFAULT, load_llama
 from plumbing.errors import BadInput
 from plumbing.fast import share_pass
+from plumbing.files import parsing, read_lines
 from plumbing.guards import guard_for, load_guard
 from plumbing.released import load_mrm
 
@@ -119,3 +121,17 @@ def check_prompt(policy, reward_model, prompt, max_new_tokens):
         if len(context) + max_new_tokens > limit:
             raise BadInput(f"the prompt takes {len(context)} tokens and the reply may take {max_new_tokens} "
                            f"(max_new_tokens), but {llama.config.name} reads at most {limit} together")
+
+
+def read_prompts(prompt):
+    """The prompts that an argument stands for: for - all of standard input, for FILE:path each line, else
+    itself. Raises BadInput for a file that has none or is no text."""
+    if prompt == "-":
+        with parsing("standard input", "UTF-8 text"):
+            return [sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")]
+    if not prompt.startswith("FILE:"):
+        return [prompt]
+    lines = [line for _, line in read_lines(prompt.removeprefix("FILE:"))]
+    if not lines:
+        raise BadInput(f"--prompt {prompt}: expected one prompt a line, but the file is empty")
+    return lines

@@ -12,17 +12,21 @@ import torch.distributed as dist
 
 def join_processes(args, backend):
     """Under torchrun, meet the other processes. Returns (which one this is, how many there are)."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:                 # which torchrun sets
+    rank, processes = place_among_processes(args)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        timeout = datetime.timedelta(days=7)                    # one may validate while others wait
+        dist.init_process_group(backend, timeout=timeout)
+    return rank, processes
+
+
+def place_among_processes(args):
+    """Under torchrun (which sets this variable, as others set RANK too): which process this is, and how many
+    there are. Each has a GPU of its own, where they compute on CUDA."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
-    take_gpu(args)
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # one may validate while others wait
-    return dist.get_rank(), dist.get_world_size()
-
-
-def take_gpu(args):
-    """Under torchrun, each process has a GPU of its own, where they compute on CUDA."""
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+    if args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def is_first():

@@ -26,12 +26,14 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line. `group` gives an add_argument whose options stand under a title."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=Help, **options)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
     def group(self, title):
         return self.add_argument_group(title).add_argument
 
     def error(self, message):
+        if message.endswith("expected one argument"):
+            message += ", and one that begins with - is written as in --prompt=-x"
         line = f"{self.prog}: {message} (--help lists all options)".replace("\n", " ")
         self.exit(2, f"{printable(line)}\n")
 

@@ -36,7 +36,8 @@ def load_released_mrm(folder, llama, template):
             "r lora_alpha target_modules base_model_name_or_path revision auto_mapping inference_mode "
             "task_type lora_dropout layers_pattern megatron_core peft_version".split())
             | {"peft_type": ["LORA"], "bias": ["none"],
-               "init_lora_weights": [True, False, "gaussian", "eva"]})      # others change the base too
+               "init_lora_weights": [True, False, "gaussian", "eva"]}       # others change the base too
+            | ({} if config.get("use_qalora") else {"qalora_group_size": None}))        # its switch is off
         rank = config["r"]
         alpha = config["lora_alpha"]
         first_layer, targets = lora_targets(config["target_modules"], llama)

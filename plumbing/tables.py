@@ -12,9 +12,9 @@ from plumbing.errors import BadInput
 from plumbing.files import parsing, read_field, write_file
 
 HARMFUL = ("asr", "judge_asr", "guard_reward", "judge_reward", "reward", "tflop", "reward_calls", "seconds",
-           "tokens", "degenerate", "log_prob")
+           "tokens", "empty", "degenerate", "log_prob")
 HARMLESS = ("refused", "flagged", "same")
-RATES = {"asr", "judge_asr", "degenerate", "refused", "flagged", "same"}
+RATES = {"asr", "judge_asr", "empty", "degenerate", "refused", "flagged", "same"}
 
 
 def read_results(out):
@@ -29,6 +29,7 @@ def read_results(out):
                 for key in (*HARMFUL, "refused"):
                     read_field(row, key, bool if type(row.get(key)) is bool else float, -1e12, 1e12, None)
                 read_field(row, "text", str, default=None)
+                read_field(row, "prompt", str, default=None)
                 read_field(row, "asr", bool, default=None)
                 method = read_field(row, "safety", str)
                 if method not in SEARCHES:
@@ -48,19 +49,25 @@ def merge_results(out):
     return results
 
 
-def interval(values):
+def interval(values, requests=None):
     """95 % interval of a mean, [low, high]: Wilson's (1927) for a rate, whose values are bools, else the
-    bootstrap's (which would say [0, 0] for 0 of 60)."""
+    bootstrap's (which would say [0, 0] for 0 of 60). requests: what each value belongs to; several values of
+    one request (of other seeds, or of copies of a row) count as one observation, their mean."""
+    if requests is None:
+        requests = range(len(values))
+    by_request = {}
+    for request, value in zip(requests, values):
+        by_request.setdefault(request, []).append(value)
     if all(isinstance(value, bool) for value in values):
-        n = len(values)
+        n = len(by_request)
         p = float(np.mean(values))
         z = 1.96
         centre = p + z * z / (2 * n)
         half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
         return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
-    values = np.asarray(values, float)
+    values = np.array([np.mean(mine) for mine in by_request.values()])
     generator = np.random.default_rng(0)
-    means = values[generator.integers(0, len(values), (2000, len(values)))].mean(1)
+    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(2000)]
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
@@ -77,13 +84,20 @@ def summarize(results, tflop_limit):
         for r in harmless:
             if r["row"] in undefended:
                 r["same"] = r.get("text") == undefended[r["row"]]
-        line = {"safety": method, "width": width, "prompts": len(harmful), "harmless_prompts": len(harmless)}
+        for r in mine:
+            if r.get("text") is not None:
+                r["empty"] = not r["text"].strip()
+        line = {"safety": method, "width": width, "prompts": len(harmful), "harmless_prompts": len(harmless),
+                "requests": len({r.get("prompt") for r in harmful}),
+                "harmless_requests": len({r.get("prompt") for r in harmless})}
         for keys, rows in ((HARMFUL, harmful), (HARMLESS, harmless)):
             for key in keys:
-                values = [r[key] for r in rows if r.get(key) is not None]
-                if values:
-                    line[key] = float(np.mean(values))
-                    line[f"{key}_ci"] = interval(values)
+                known = [r for r in rows if r.get(key) is not None]
+                if known:
+                    line[key] = float(np.mean([r[key] for r in known]))
+                    # Rows without a prompt, of an old file, each count as a request.
+                    requests = [r.get("prompt") or (i,) for i, r in enumerate(known)]
+                    line[f"{key}_ci"] = interval([r[key] for r in known], requests)
         summary.append(line)
     limit = tflop_limit or max((line["tflop"] for line in summary if "tflop" in line), default=0)
     for line in summary:
@@ -95,7 +109,7 @@ def summarize(results, tflop_limit):
 def markdown(summary):
     """The summary as a table: a row for each method and width, intervals in brackets."""
     keys = [key for key in (*HARMFUL, "scaleff", *HARMLESS) if any(key in line for line in summary)]
-    rows = [["method", "width", "prompts", *keys], ["---"] * (3 + len(keys))]
+    rows = [["method", "width", "requests", *keys], ["---"] * (3 + len(keys))]
     for line in summary:
         cells = []
         for key in keys:
@@ -105,7 +119,7 @@ def markdown(summary):
                 low, high = line[f"{key}_ci"]
                 shown += f" [{short(key, low)}, {short(key, high)}]"
             cells.append(shown)
-        prompts = f"{line['prompts']} + {line['harmless_prompts']}"
+        prompts = f"{line['requests']} + {line['harmless_requests']}"
         rows.append([line["safety"], str(line["width"]), prompts, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 

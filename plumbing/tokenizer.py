@@ -16,8 +16,8 @@ from pathlib import Path
 import tiktoken
 
 from plumbing.errors import BadInput
-from plumbing.files import check_keys, parsing, read_field
-from plumbing.templates import read_templates
+from plumbing.files import check_keys, parsing
+from plumbing.templates import read_special, read_templates
 from plumbing.vocabulary import is_proper, read_vocabulary
 
 BLANKS = 100_000                # in a row, at most: at several times as many, tiktoken's stack overflows
@@ -34,6 +34,10 @@ class Template:
     def __call__(self, user, reply=()):
         return [*self.prefix, *user, *self.infix, *reply]
 
+    def opening(self):
+        """The tokens before the user's text."""
+        return self.prefix
+
 
 @dataclass
 class ChatTemplate(Template):
@@ -49,6 +53,9 @@ class ChatTemplate(Template):
         if self.trim:
             text = getattr(text, self.trim)()
         return [*self.prefix, *self.tokenizer.encode(self.before + text + self.after), *self.infix, *reply]
+
+    def opening(self):
+        return self.prefix + self.tokenizer.encode(self.before)
 
 
 @dataclass
@@ -82,20 +89,20 @@ class Tokenizer:
         path = self.folder / "tokenizer.json"
         vocabulary = read_vocabulary(path)
         with parsing(path, "a byte-level BPE tokenizer"):
-            self.encoding = tiktoken.Encoding("", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks,
-                                              special_tokens={})
+            self.encoding = tiktoken.Encoding(
+                "", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={})
         self.vocabulary = vocabulary
         self.added = vocabulary.added                                           # text to id
         self.ids = [vocabulary.ids.get(token) for token in vocabulary.ranks]    # of each rank, or None
         self.proper = set()                             # tokens that are known to be made as they should
-        # Added tokens are never made of a user's text. Those that are not special (<think>) are shown.
-        shown = {i: text.encode() for text, i in self.added.items() if i in vocabulary.shown}
-        self.bytes = {i: token for token, i in vocabulary.ids.items()} | shown
+        self.bytes = {i: token for token, i in vocabulary.ids.items()}
+        self.bytes |= {i: text.encode() for text, i in self.added.items() if i in vocabulary.shown}
         self.size = 1 + max(*vocabulary.ids.values(), *self.added.values())
         meaning = [vocabulary.pattern, vocabulary.nfc, sorted(self.added.items()),
                    [token.hex() for token in vocabulary.ranks], self.ids]
         self.fingerprint = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:12]    # of the content
         self.texts = read_templates(self.folder)
+        self.eos_token = self.added.get(read_special(self.folder)[0].get("eos_token"))      # its id, or None
 
     def encode(self, text):
         """Token ids of plain text: what looks like a control token is ordinary text here. Bytes that have no
@@ -111,8 +118,7 @@ class Tokenizer:
             raise BadInput(f"{self.folder}: its pre-tokenizer's pattern leaves out a part of the text")
         for token in self.encoding.decode_tokens_bytes(set(ranks)):
             if not is_proper(token, self.vocabulary, self.proper):
-                raise BadInput(f"{self.folder}: its merges cannot be done in the order of ranks; {token!r} would "
-                               "not be made by its own merge")
+                raise BadInput(f"{self.folder}: its merges make {token!r} in another way than by rank")
         return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
 
     def template(self, name):
@@ -124,14 +130,15 @@ class Tokenizer:
             parts = {"suffix": "", "trim": ""} | self.texts[name]
             check_keys(parts, {"prefix": None, "infix": None, "suffix": None,
                                "trim": ["", "strip", "lstrip", "rstrip"]})
-            prefix, infix = parts["prefix"], parts["infix"]
-            if name != "chat":
-                return Template(*(self.encode_template(parts[part]) for part in ("prefix", "infix", "suffix")))
-            # The text around the user's, up to the next control tokens.
-            last = max((match.end() for match in re.finditer(self.control(), prefix)), default=0)
-            first = min((match.start() for match in re.finditer(self.control(), infix)), default=len(infix))
-            return ChatTemplate(self.encode_template(prefix[:last]), self.encode_template(infix[first:]), [], self,
-                                prefix[last:], infix[:first], parts["trim"])
+            prefix, infix, suffix = parts["prefix"], parts["infix"], parts["suffix"]
+            if name in ("chat", "turns"):                   # without the text next to the user's
+                last = max((match.end() for match in re.finditer(self.control(), prefix)), default=0)
+                next_one = re.search(self.control(), infix)
+                first = next_one.start() if next_one else len(infix)
+                around = {"before": prefix[last:], "after": infix[:first], "trim": parts["trim"]}
+                prefix, infix = prefix[:last], infix[first:]
+            tokens = [self.encode_template(text) for text in (prefix, infix, suffix)]
+        return ChatTemplate(*tokens, self, **around) if name in ("chat", "turns") else Template(*tokens)
 
     def control(self):
         """The regular expression of all control tokens."""

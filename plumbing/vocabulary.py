@@ -113,8 +113,8 @@ def halves_of(merges):
 
 
 def is_proper(token, vocabulary, known):
-    """Whether merging by rank, as tiktoken does, makes a token as its one listed merge does, which alone counts
-    in Hugging Face's library. known: a set of tokens that are proper, which grows.
+    """Whether merging by rank, as tiktoken does, makes a token as its one listed merge does, which alone
+    counts in Hugging Face's library. known: a set of tokens that are proper, which grows.
 
     Of the token's own text, its halves l and r are made first, if no earlier merge takes a piece of both. On
     the way there, l ends with l itself, its right half, the right half of that, ...; r begins likewise. Two
@@ -125,7 +125,7 @@ def is_proper(token, vocabulary, known):
     if not is_proper(left, vocabulary, known) or not is_proper(right, vocabulary, known):
         return False
     never = len(vocabulary.ranks)
-    ends = [(left, never)]                              # pieces that l ends with, and until when each is there
+    ends = [(left, never)]                      # pieces that l ends with, and until when each is there
     while ends[-1][0] in vocabulary.halves:
         ends.append((vocabulary.halves[ends[-1][0]][1], vocabulary.ranks[ends[-1][0]]))
     beginnings = [(right, never)]
@@ -133,7 +133,9 @@ def is_proper(token, vocabulary, known):
         beginnings.append((vocabulary.halves[beginnings[-1][0]][0], vocabulary.ranks[beginnings[-1][0]]))
     for x, until_x in ends:
         for y, until_y in beginnings:
-            if vocabulary.ranks.get(x + y, never) < min(until_x, until_y) and (x, y) != (left, right):
+            rank = vocabulary.ranks.get(x + y, never)
+            # (Of two merges of one rank, the one on the left comes first.)
+            if rank < until_x and rank <= until_y and (x, y) != (left, right):
                 return False
     known.add(token)
     return True

@@ -24,7 +24,8 @@ try:
     from plumbing.adapters import load_adapter
     from plumbing.checkpoint import load_llama
     from plumbing.released import load_released_mrm
-    from plumbing.tokenizer import BYTE_OF, Template
+    from plumbing.tokenizer import Template
+    from plumbing.vocabulary import BYTE_OF
 except SystemExit as end:                       # pytest would end too, and say nothing
     raise ImportError("0 points: a module ends the program while it is imported (sys.exit)") from end
 

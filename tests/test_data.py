@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from plumbing import guards
 from plumbing.adapters import guard_id, read_metadata
 from data.corpus import read_rewards
-from eval import REFUSAL
+from plumbing.refusals import refuses
 from search import nucleus
 
 
@@ -171,7 +171,7 @@ def test_harmless_requests_are_better_answered_than_refused(labelled):
         labels = {}
         for r in train + val:
             if r["source"] == source:
-                labels.setdefault(r["prompt"], []).append((r["unsafe"], bool(REFUSAL.search(r["response"]))))
+                labels.setdefault(r["prompt"], []).append((r["unsafe"], refuses(r["response"])))
         assert (len(labels) == most
                 and {unsafe for of in labels.values() for unsafe, _ in of} == {answer, refusal})
         assert all([unsafe for unsafe, _ in of].count(refusal) == 2 and 3 <= len(of) <= 5

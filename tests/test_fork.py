@@ -16,7 +16,7 @@ from plumbing import guards, options
 from results import bench
 from plumbing.tokenizer import Prompt
 from model import Llama
-from plumbing.checkpoint import read_config
+from plumbing.config import read_config
 from engine import Ask, search_with
 from baselines import SEARCHES, Method, beam, best_of_n, mcts, rebase, sample_replies
 from plumbing.options import describe_searches

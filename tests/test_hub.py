@@ -20,7 +20,8 @@ from hub import ask_hub, hub                    # noqa: F401: hub is a fixture
 from safetensors.torch import save_file
 
 from plumbing.errors import BadInput
-from plumbing.tokenizer import BYTE_OF, Tokenizer
+from plumbing.tokenizer import Tokenizer
+from plumbing.vocabulary import BYTE_OF
 from model import Llama, LlamaConfig
 from plumbing.guards import llama_guard as guard_of
 from plumbing.guards import load_guard
@@ -44,6 +45,12 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_s
           "bos_token_id": 128_000, "eos_token_id": [128_001, 128_008, 128_009], "torch_dtype": "bfloat16"}
 
 
+# Llama 3's chat format. The authors' texts for it are the same, if there are no blanks around the user's.
+FORMAT = ("{{ bos_token }}{% for m in messages %}"
+          "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+          "{{ m['content'] | trim + '<|eot_id|>' }}"
+          "{% endfor %}{% if add_generation_prompt %}"
+          "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
          7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -71,7 +78,7 @@ def vocabulary(tmp_path_factory):
         "model": {"type": "BPE", "ignore_merges": True, "vocab": {text: i for i, text in enumerate(texts)},
                   "merges": [[text[0], text[1:]] for text in texts if len(text) > 1]}})
     write_json(path.parent / "tokenizer_config.json",
-               {"bos_token": names[0], "chat_template": "{{ messages[0].content }}"})
+               {"bos_token": names[0], "chat_template": FORMAT})
     return path
 
 
@@ -240,12 +247,13 @@ def test_every_template_is_produced_from_its_text(checkpoints):
     golden = json.loads((GOLDEN / "llama3_templates.json").read_text())
     tokenizers = {name: Tokenizer(folder) for name, folder in checkpoints.items()}
     for name, template, wanted in ((OLDER, "chat", "Meta-Llama-3-8B-Instruct"),
-                                   (POLICY, "chat", "Llama-3.2-1B-Instruct"),
+                                   (GUARD, "chat", "Meta-Llama-3-8B-Instruct"),
                                    (GUARD, "guard", "Llama-Guard-3-1B"),
                                    (GUARD, "reward", "Saffron-1 MRM on Llama-Guard-3-1B")):
         got, wanted = tokenizers[name].template(template), golden[wanted]
-        assert (got.prefix, got.infix, got.suffix) == (
-            wanted["prefix"], wanted["infix"], wanted.get("suffix", []))
+        user = tokenizers[name].encode("How do I pick a lock?")
+        assert got(user) == wanted["prefix"] + user + wanted["infix"]
+        assert got.suffix == wanted.get("suffix", [])
     guard = golden["Llama-Guard-3-1B"]
     assert (tokenizers[GUARD].encode("safe") == [guard["safe"]]
             and tokenizers[GUARD].encode("unsafe") == [guard["unsafe"]])

@@ -13,7 +13,8 @@ from plumbing.errors import BadInput
 from plumbing.tokenizer import Tokenizer
 from plumbing.fast import PackedLinear
 from model import Llama, rotary_frequencies, rotate
-from plumbing.checkpoint import load_llama, read_config
+from plumbing.checkpoint import load_llama
+from plumbing.config import read_config
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12,
           "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -117,6 +118,29 @@ def test_a_packed_weight_gives_the_same_product(dtype, tolerance, rows):
         assert linear(x).dtype == torch.bfloat16
     linear(x).sum().backward()
     assert linear.weight.grad.abs().sum() > 0
+
+
+def test_a_change_of_a_whole_weight_by_its_data_is_seen(checkpoint):
+    """torch does not count it."""
+    llama = load_llama(checkpoint())
+    tokens = torch.tensor([[1, 5, 9]])
+    with torch.no_grad():
+        before = llama(tokens)
+        llama.model.layers[0].mlp.up_proj.weight.data.mul_(-3)
+        after = llama(tokens)
+    with torch.enable_grad():
+        torch.testing.assert_close(after, llama(tokens))
+    assert not torch.allclose(before, after)
+
+
+def test_a_model_loaded_in_inference_mode_works(checkpoint):
+    """Its weights count no changes, so nothing of them is kept: a change is seen."""
+    with torch.inference_mode():
+        llama = load_llama(checkpoint())
+        before = llama(torch.tensor([[1, 5, 9]]))
+        assert torch.equal(llama(torch.tensor([[1, 5, 9]])), before)
+        llama.model.layers[0].mlp.up_proj.weight.mul_(-3)
+        assert not torch.allclose(llama(torch.tensor([[1, 5, 9]])), before)
 
 
 def test_no_token_sees_the_future(tiny_policy):

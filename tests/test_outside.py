@@ -23,13 +23,15 @@ from eval import Measures
 from plumbing.errors import BadInput
 from plumbing.files import check_keys, read_field, read_jsonl, read_lines
 from plumbing.start import printable
-from plumbing.checkpoint import load_llama, read_config
+from plumbing.checkpoint import load_llama
+from plumbing.config import read_config
 from mrm import MRM, Guard, add_lora
-from plumbing.guards import Bridge, guard_for
+from plumbing.bridge import Bridge
+from plumbing.guards import guard_for
 from baselines import beam, best_of_n, rebase
-from search import saffron
+from search import Branch, saffron
 from plumbing.tokenizer import Prompt, Template, Tokenizer
-from plumbing.files import read_prompts
+from plumbing.options import read_prompts
 from trie_cache import TrieCache
 
 FAMILIES = ["tiny_mistral", "tiny_qwen2", "tiny_qwen3"]
@@ -346,16 +348,16 @@ def test_chat_templates_in_every_place(tmp_path):
     wins over all. The reward template is made of the first token."""
     write_tokenizer(tmp_path, {b: b + 10 for b in range(256)}, {"<s>": 0, "<u>": 1})
     text = lambda name: "".join(f"<{t}>" if t < 10 else Tokenizer(tmp_path).decode([t])
-                                for t in Tokenizer(tmp_path).template(name)([2]))
+                                for t in Tokenizer(tmp_path).template(name)(Tokenizer(tmp_path).encode("~")))
     write_json(tmp_path / "tokenizer_config.json", {"bos_token": {"content": "<s>"}, "chat_template": [
         {"name": "tools", "template": "x"},
         {"name": "default", "template": "{{ bos_token }}a{{ messages[0].content }}b"}]})
-    assert text("chat") == "<0>a<2>b" and text("reward") == "<0>\n\nUser:<2>\n\nAgent:"
+    assert text("chat") == "<0>a~b" and text("reward") == "<0>\n\nUser:~\n\nAgent:"
     (tmp_path / "chat_template.jinja").write_text(
         "{%- for m in messages %}\n<u>{{ m.content }}\n{%- break %}{% endfor %}")
-    assert text("chat") == "<1><2>"
+    assert text("chat") == "<1>~"
     write_json(tmp_path / "templates.json", {"chat": {"prefix": "p<u>", "infix": "i"}})
-    assert text("chat") == "p<1><2>i"
+    assert text("chat") == "p<1>~i"
     for wrong in ({"chat": {"prefix": "p"}}, {"chat": {"prefix": 1, "infix": "i"}}, {"chat": []}):
         write_json(tmp_path / "templates.json", wrong)
         with pytest.raises(BadInput, match="chat"):
@@ -445,6 +447,23 @@ def test_a_search_through_a_bridge_is_counted_and_shares(two):
     for branch in result.trace[-1]:
         assert branch.reward == pytest.approx(bridge.score(prompt, [branch.tokens]).item(), abs=1e-9)
     assert result.stats.flops > 0 and result.stats.tokens_cached > 5 * result.stats.tokens_computed
+
+
+def test_a_prefill_that_ends_within_a_character_is_gone_on_with(two):
+    """The first byte of "é" is the prefill's, the second one the reply's: the guard reads one character."""
+    policy, other = two
+    bridge = guard_for(policy, scalar_guard(other))
+    whole = policy.tokenizer.encode("caf\u00e9s")
+    cut = next(i for i in range(len(whole)) if policy.tokenizer.decode(whole[:i]).endswith("\ufffd"))
+    prompt = Prompt(policy.tokenizer.encode("Hello"), whole[:cut])
+    reply = bridge.tokens(whole[cut:], bridge.half(prompt))
+    assert other.tokenizer.decode(bridge.prompt(prompt).prefill + reply) == "caf\u00e9s"
+    hidden = Prompt(prompt.user, prompt.prefill, hide_prefill=True)
+    assert other.tokenizer.decode(bridge.tokens(whole[cut:], bridge.half(hidden))) == "\ufffds"
+    reader = bridge.reader(prompt)
+    branch = Branch(whole[cut:])
+    reader.ask([branch])
+    assert reader.trie.waiting and bridge.score(prompt, [branch.tokens]).shape == (1,)
 
 
 def test_a_qwen_policy_with_a_guard_of_llamas_vocabulary(real, tmp_path):

@@ -138,6 +138,14 @@ def test_undecodable_standard_input():
     assert done.returncode == 2 and b"UTF-8" in done.stderr and done.stderr.count(b"\n") == 1
 
 
+def test_options_are_not_abbreviated():
+    """--prefill is not --prefill_tokens; and a prompt that begins with - is told from an option."""
+    status, _, error = run_script("eval.py", "--data", "x", "--out", "y", "--prefill", "3")
+    assert status == 2 and "unrecognized arguments: --prefill" in error
+    status, _, error = run_script("sample.py", "--prompt", "-hello")
+    assert status == 2 and "--prompt=-x" in error and error.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_control_c_ends_quietly():
     process = subprocess.Popen([sys.executable, "sample.py", "--max_new_tokens", "500", "--prompt", "Hi"],

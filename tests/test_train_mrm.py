@@ -168,6 +168,27 @@ def test_resume_refuses_the_checkpoint_of_another_run(labels, base, tmp_path, mo
         run(monkeypatch, *options("guard", labels, base, tmp_path / "absent.safetensors"), "--resume")
 
 
+def test_a_run_is_told_by_content_not_by_path(labels, base, tmp_path, monkeypatch):
+    """The same base and data at another path go on; other weights, or another label, do not."""
+    run(monkeypatch, *options("guard", labels, base, tmp_path / "g.safetensors"), "--stop_after", 2)
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(labels, tmp_path / "labels")
+    moved = options("guard", tmp_path / "labels", tmp_path / "base", tmp_path / "g.safetensors")
+    run(monkeypatch, *moved, "--stop_after", 3, "--resume")
+    lines = (tmp_path / "labels" / "train.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    changed = [json.dumps(row | {"unsafe": 1 - row["unsafe"]}), *lines[1:]]
+    (tmp_path / "labels" / "train.jsonl").write_text("\n".join(changed) + "\n")
+    with pytest.raises(BadInput, match="is of a run with --data"):
+        run(monkeypatch, *moved, "--resume")
+    (tmp_path / "labels" / "train.jsonl").write_text("\n".join(lines) + "\n")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    halved = {name: tensor * 0.5 for name, tensor in tensors.items()}
+    save_file(halved, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(BadInput, match="is of a run with --base"):
+        run(monkeypatch, *moved, "--resume")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(rewards, base, tmp_path, monkeypatch):
     data = load_file(rewards / SHARD)
     data["rewards"][:] = float("nan")

@@ -6,8 +6,8 @@ A checkpoint from the Hugging Face hub, or from a copy of yours: exactly the fil
     python data/hub/prepare.py --repo meta-llama/Llama-Guard-3-1B --from FOLDER
 
 Writes data/NAME (the repository's name in lower case), a folder for --policy, --guard or --mrm_base. The
-files stay as they are, but that config.json gets the repository's name. For Llama 3 and Llama Guard 3,
-templates.json is written too: the texts that the code of the paper's authors uses. readme.md says more.
+files stay as they are, but that config.json gets the repository's name. For Llama-Guard-3-1B, templates.json
+is written too: the texts that the code of the paper's authors uses. readme.md says more.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parents[1]))                    # the modules are at
 from plumbing.start import run  # noqa: E402
 
 from data.download import NotThere, hub_file  # noqa: E402
-from plumbing.checkpoint import read_config  # noqa: E402
+from plumbing.config import read_config  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from plumbing.files import read_json, read_text, reading, write_file  # noqa: E402
 from plumbing.parser import Parser  # noqa: E402
@@ -34,12 +34,8 @@ def turn(role):
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
-# The texts around a conversation, as in the code of the paper's authors. Llama 3.2 reads a date;
-# this is theirs.
+# The texts around a conversation with Llama Guard 3, as in the code of the paper's authors.
 CHAT = {"prefix": "<|begin_of_text|>" + turn("user"), "infix": "<|eot_id|>" + turn("assistant")}
-CHAT_WITH_DATE = CHAT | {"prefix": "<|begin_of_text|>" + turn("system")
-                         + "Cutting Knowledge Date: December 2023\n"
-                           "Today Date: 13 May 2025\n\n<|eot_id|>" + turn("user")}
 CATEGORIES = ["Violent Crimes", "Non-Violent Crimes", "Sex Crimes", "Child Exploitation", "Defamation",
               "Specialized Advice", "Privacy", "Intellectual Property", "Indiscriminate Weapons", "Hate",
               "Self-Harm", "Sexual Content", "Elections"]
@@ -57,14 +53,8 @@ LLAMA_GUARD = {
               "<|eot_id|>" + turn("assistant")}
 
 
-def templates(repository):
-    """What the authors' code puts around a conversation for the model of this name; for others nothing."""
-    name = repository.split("/")[1].removeprefix("Meta-")
-    if name.startswith("Llama-Guard-3-1B"):
-        return {"chat": CHAT, "guard": LLAMA_GUARD}
-    if name.startswith(("Llama-3.1-", "Llama-3.2-", "Llama-3.3-")):
-        return {"chat": CHAT_WITH_DATE}
-    return {"chat": CHAT} if name.startswith("Llama-3-") else {}
+# Of exactly these repositories: a name that only resembles one may have a format of its own.
+TEMPLATES = {"meta-llama/Llama-Guard-3-1B": {"chat": CHAT, "guard": LLAMA_GUARD}}
 
 
 def copy_file(source, path):
@@ -111,7 +101,7 @@ def prepare(get, repository, out):
         with contextlib.suppress(NotThere):
             get(name, out / name)
     get("tokenizer.json", out / "tokenizer.json")
-    if texts := templates(repository.partition("@")[0]):
+    if texts := TEMPLATES.get(repository.partition("@")[0]):
         write_file(out / "templates.json", json.dumps(texts, indent=1) + "\n")
     size = read_config(out, download / "config.json").vocab_size
     if Tokenizer(out).size > size:

@@ -15,7 +15,6 @@ already are not made again. WARNING: harmful and offensive text.
 
 import gzip
 import json
-import os
 import random
 import re
 import sys
@@ -44,7 +43,7 @@ from plumbing.files import check_output, read_jsonl, reading, write_file  # noqa
 from plumbing.guards import guard_for  # noqa: E402
 from plumbing.guards import load_guard  # noqa: E402
 from plumbing.options import DTYPES  # noqa: E402
-from plumbing.parallel import take_gpu  # noqa: E402
+from plumbing.parallel import place_among_processes  # noqa: E402
 from plumbing.parser import Parser, number  # noqa: E402
 from plumbing.tokenizer import Prompt  # noqa: E402
 from plumbing.validate import predictions  # noqa: E402
@@ -86,7 +85,7 @@ def hh_dialogues(local, count):
 
 def hh_replies(llama, dialogues, max_prompt, max_reply):
     """The last turn of each dialogue as a row; dialogues that have none are left out."""
-    eos = llama.config.eos_token_ids[0]
+    eos = llama.config.end_of_turn
     rows = []
     for dialogue, held_out in dialogues:
         before, _, reply = dialogue.rpartition("\n\nAssistant:")
@@ -121,7 +120,7 @@ def ordinary_requests(policy, labels, synthetic, seed):
     trie = TrieCache(policy)
     generator = torch.Generator().manual_seed(seed)
     made_up = {}
-    root = trie.insert(trie.root, policy.template.prefix)
+    root = trie.insert(trie.root, policy.template.opening())
     for _ in range(synthetic):
         if len(made_up) >= synthetic:
             break
@@ -347,8 +346,7 @@ def main():
     if not args.out.is_dir():
         raise BadInput(f"--out {args.out}: no such folder")
     check_output(args.out / "manifest.json")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
-    take_gpu(args)
+    rank, world = place_among_processes(args)
     policy = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     if policy.template is None or not policy.config.eos_token_ids:
         raise BadInput(f"--policy {args.policy}: expected a model with a chat format and an end of sequence")

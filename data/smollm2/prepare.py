@@ -117,7 +117,8 @@ def read_tokenizer(header):
         "version": "1.0", "normalizer": None, "post_processor": None, "decoder": byte_level,
         "pre_tokenizer": {"type": "Sequence",
                           "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
-        "added_tokens": [{"id": i, "content": texts[i], "special": True} for i in special],
+        "added_tokens": [{"id": i, "content": texts[i], "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True} for i in special],
         "model": {"type": "BPE", "vocab": {text: i for i, text in enumerate(texts)},
                   "merges": header("tokenizer.ggml.merges")}}
     return tokenizer, {
