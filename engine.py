@@ -30,7 +30,7 @@ class Options:
     def __post_init__(self):
         assert min(self.width, self.max_new_tokens) >= 1, "width and max_new_tokens must be at least 1"
         assert 0 < self.top_p <= 1, "top_p must be above 0 and at most 1"
-        assert min(self.min_new_tokens, self.beta, self.temperature or 0) >= 0, "the others must be at least 0"
+        assert min(self.min_new_tokens, self.beta, self.temperature or 0) >= 0, "an option is below 0"
 
 
 @dataclass
