@@ -211,9 +211,8 @@ def train(args):
     training, held_out = load_data(args, llama)
     validate = {"guard": validate_guard, "mrm": validate_mrm}[args.objective]
     if args.validate:
-        reward_model = load_adapter(out, llama, args.objective)
-        return log_report(f"{out}, all {len(held_out)} held-out replies",
-                          validate(reward_model, held_out, args.device))
+        report = validate(load_adapter(out, llama, args.objective), held_out, args.device)
+        return log_report(f"{out}, all {len(held_out)} held-out replies", report)
     reward_model = new_reward_model(args, llama, training)
     generator = torch.Generator().manual_seed(args.seed)
     picked = torch.randperm(len(held_out), generator=generator)[:args.eval_replies].tolist()
@@ -229,8 +228,8 @@ def train(args):
     if dist.is_initialized():
         objective = DistributedDataParallel(objective)
     checkpoint = out.with_name(out.name + ".checkpoint.pt")
-    run = run_identity(args, llama, training)
-    step = load_checkpoint(checkpoint, run, reward_model, optimizer) if args.resume else 0
+    identity = run_identity(args, llama, training)
+    step = load_checkpoint(checkpoint, identity, reward_model, optimizer) if args.resume else 0
     log(f"{args.objective}: {len(training)} replies, {sum(len(e.reply) for e in training)} supervised tokens"
         f", {sum(len(e.siblings) for e in training)} siblings, "
         f"{sum(p.numel() for p in parameters)} trained parameters, {args.steps} steps")
@@ -262,7 +261,7 @@ def train(args):
             log(f"step {step}: loss {np.mean(losses[-args.log_every:]):.6g}, "
                 f"{tokens_read / (time.time() - started):.0f} tokens/s")
         if is_first() and step < args.steps and (step % args.eval_every == 0 or step == args.stop_after):
-            save_checkpoint(checkpoint, run, step, reward_model, optimizer)
+            save_checkpoint(checkpoint, identity, step, reward_model, optimizer)
             with torch.compiler.set_stance("force_eager"):  # not compiled anew for a validation
                 report = validate(reward_model, some, args.device)
             log_report(f"step {step}, {len(some)} held-out replies", report)

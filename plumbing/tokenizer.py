@@ -41,8 +41,8 @@ class Template:
 
 @dataclass
 class ChatTemplate(Template):
-    """The text around a conversation. Between two control tokens, the template's text and the user's are one
-    text, and encoded as one: "lock?" and a line end after it may be one token."""
+    """The text around a conversation. Between two control tokens, the template's text and the user's are
+    encoded as one: "?" and a line end after it may be one token."""
     tokenizer: object = None
     before: str = ""                # the end of the prefix, after its last control token
     after: str = ""                 # the beginning of the infix, before its first one
@@ -61,10 +61,8 @@ class ChatTemplate(Template):
 @dataclass
 class Prompt:
     """What a search is asked: the user's tokens, and the prefill, which the reply is forced to begin with.
-
-    The policy always reads the prefill. The guard and the MRM read it as the beginning of the reply, unless
-    hide_prefill is set. The prefill is never part of a result's tokens.
-    """
+    The policy always reads the prefill. Guard and MRM read it as the beginning of the reply, unless
+    hide_prefill is set. It is never part of a result's tokens."""
     user: list
     prefill: list = dataclasses.field(default_factory=list)
     hide_prefill: bool = False
@@ -77,12 +75,10 @@ class Prompt:
 
 
 class Tokenizer:
-    """Byte-level byte-pair encoding, as a folder's tokenizer.json has it (Hugging Face's format).
-
-    Beside it are read, where they are there: tokenizer_config.json (bos_token, chat_template),
+    """Byte-level byte-pair encoding, as a folder's tokenizer.json has it (Hugging Face's format). Beside it
+    are read, where they are there: tokenizer_config.json (bos_token, eos_token, chat_template),
     chat_template.jinja, which wins over that, and templates.json, which is ours and wins over both. Raises
-    BadInput for what is broken, and for a setting that is not known here and may change the tokens.
-    """
+    BadInput for what is broken, and for a setting that is not known here and may change the tokens."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
