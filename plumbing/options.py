@@ -20,6 +20,7 @@ from plumbing.fast import share_pass
 from plumbing.files import parsing, read_lines
 from plumbing.guards import guard_for, load_guard
 from plumbing.released import load_mrm
+from plumbing.templates import opens_thinking
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]      # what --dtype takes
 
@@ -89,6 +90,11 @@ def load_models(args, searches):
     if policy.tokenizer is None:
         raise BadInput(f"{args.policy} has no tokenizer.json; data/hub/prepare.py fetches all that is needed")
     kinds = {SEARCHES[name].reward_model for name in searches} - {None}
+    if opens_thinking(policy):
+        said = f"the chat format of {policy.config.name} opens <think>: its replies begin with reasoning"
+        if kinds:
+            raise BadInput(f"{said}, which no guard or MRM here was made for; only --safety none works")
+        print(f"note: {said}", file=sys.stderr)
     with_guard = bool(kinds) or args.guard is not None or Path(args.policy).resolve() == DEFAULT
     base = policy
     # A guard in a folder of its own needs no base, nor do those of this repository: load_guard knows theirs.

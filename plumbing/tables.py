@@ -67,8 +67,12 @@ def interval(values, requests=None):
         return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
     values = np.array([np.mean(mine) for mine in by_request.values()])
     generator = np.random.default_rng(0)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(2000)]
-    return np.quantile(means, [0.025, 0.975]).tolist()
+    means = []
+    at_once = max(1, 10 ** 6 // len(values))                # samples, so that they take a few megabytes
+    for start in range(0, 2000, at_once):
+        picked = generator.integers(0, len(values), (min(at_once, 2000 - start), len(values)))
+        means.append(values[picked].mean(1))
+    return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
 def summarize(results, tflop_limit):

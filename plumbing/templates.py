@@ -66,6 +66,11 @@ def chat_texts(source, special):
     raise BadInput("the chat_template changes the blanks around the user's text, and does not just trim them")
 
 
+def opens_thinking(llama):
+    """Whether a chat format lets a reply begin within <think>, although it is told not to."""
+    return llama.tokenizer.texts.get("chat", {}).get("infix", "").rstrip().endswith("<think>")
+
+
 def both_turns(folder, add_generation_prompt):
     """Prefix, infix and suffix of a folder's chat_template around the user's text and a reply to it."""
     special, source, path = read_special(Path(folder))
@@ -75,6 +80,8 @@ def both_turns(folder, add_generation_prompt):
             raise BadInput("the chat_template must contain the user's text and the reply exactly once")
         prefix, rest = text.split(MARKER)
         infix, suffix = rest.split(REPLY)
+        if suffix.rstrip().endswith("<think>"):
+            raise BadInput("the chat_template opens <think>, so a guard would not begin with its verdict")
     return {"prefix": prefix, "infix": infix, "suffix": suffix}
 
 

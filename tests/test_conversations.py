@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN, SMOLLM2, write_json, write_tokenizer
+from conftest import GOLDEN, SMOLLM2, run_script, write_json, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from data.corpus import read_labels
+from model import Llama
 from plumbing.checkpoint import identity, load_llama
+from plumbing.config import read_config
 from plumbing.errors import BadInput
 from plumbing.bridge import Bridge
 from plumbing.templates import TODAY, chat_texts
@@ -83,6 +85,25 @@ def test_a_template_that_changes_the_text_is_refused(tmp_path, source, said):
     ("{% for m in messages %}{% if not m.role %}{% continue %}{% endif %}{{ m.content }}{% endfor %}", "")])
 def test_the_engine_is_that_of_transformers(source, expected):
     assert chat_texts(source, {})["prefix"] == expected
+
+
+def test_a_format_that_opens_think_is_for_the_policy_alone(tmp_path, smollm2_folder):
+    """With a note; a guard or an MRM would judge its reasoning."""
+    config = json.loads((SMOLLM2 / "config.json").read_text()) | {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8}
+    write_json(tmp_path / "config.json", config)
+    torch.manual_seed(0)
+    weights = {name: torch.randn_like(p) for name, p in Llama(read_config(tmp_path)).named_parameters()}
+    save_file(weights, tmp_path / "model.safetensors")
+    shutil.copy(SMOLLM2 / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>{{ '<think>\n' }}")
+    ask = ["sample.py", "--policy", tmp_path, "--prompt", "Hi", "--max_new_tokens", 2, "--min_new_tokens", 1]
+    status, _, error = run_script(*ask, "--safety", "none")
+    assert status == 0 and "note: the chat format" in error
+    for search in ("rebase", "saffron"):
+        status, _, error = run_script(*ask, "--safety", search)
+        assert status == 2 and "opens <think>" in error and error.count("\n") == 1
 
 
 def folder_of(tmp_path, **changes):

@@ -409,6 +409,7 @@ def test_one_page_on_the_default_weights(smollm2, mrm):
     assert [[(s.tokens, s.finished) for s in frontier] for frontier in frontiers] == frontiers_of(result)
 
 
+@pytest.mark.slow
 def test_one_page_runs_as_a_command(smollm2_folder):
     """`python saffron.py`, without options: both replies, with the guard's reward of each."""
     status, out, error = run_script("saffron.py")

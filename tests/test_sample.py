@@ -161,6 +161,7 @@ def test_control_c_ends_quietly():
         process.kill()
 
 
+@pytest.mark.slow
 def test_saffron_raises_the_guards_reward_of_the_built_in_example():
     """At full length, with the committed adapters."""
     answers = {}

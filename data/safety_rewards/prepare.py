@@ -45,6 +45,7 @@ from plumbing.guards import load_guard  # noqa: E402
 from plumbing.options import DTYPES  # noqa: E402
 from plumbing.parallel import place_among_processes  # noqa: E402
 from plumbing.parser import Parser, number  # noqa: E402
+from plumbing.templates import opens_thinking  # noqa: E402
 from plumbing.tokenizer import Prompt  # noqa: E402
 from plumbing.validate import predictions  # noqa: E402
 from search import next_logits, nucleus  # noqa: E402
@@ -350,6 +351,8 @@ def main():
     policy = load_llama(args.policy, getattr(torch, args.dtype), args.device)
     if policy.template is None or not policy.config.eos_token_ids:
         raise BadInput(f"--policy {args.policy}: expected a model with a chat format and an end of sequence")
+    if opens_thinking(policy):
+        raise BadInput(f"--policy {args.policy}: its chat format opens <think>, so replies begin with reasoning")
     guard = load_guard(args.guard, policy)
     asked = guard_for(policy, guard)
     labels = [row for _, row in read_jsonl(args.labels)] if own else []
