@@ -58,8 +58,8 @@ from search import Branch, repeats_its_end
 from trie_cache import compute
 
 
-REFUSED = ("The column `refused` counts replies by their words. Of XSTest's refusals of safe requests it finds\n"
-           "95 %, of unsafe ones 90 %; it calls 3 % of the answers refusals.")
+REFUSED = ("The column `refused` counts replies by their words. Of XSTest's refusals of safe requests it\n"
+           "finds 95 %, of unsafe ones 90 %; it calls 3 % of the answers refusals.")
 
 
 def read_attacks(paths, attack, suffix, limit):

@@ -352,7 +352,7 @@ def main():
     if policy.template is None or not policy.config.eos_token_ids:
         raise BadInput(f"--policy {args.policy}: expected a model with a chat format and an end of sequence")
     if opens_thinking(policy):
-        raise BadInput(f"--policy {args.policy}: its chat format opens <think>, so replies begin with reasoning")
+        raise BadInput(f"--policy {args.policy}: its chat format opens <think>: replies begin with reasoning")
     guard = load_guard(args.guard, policy)
     asked = guard_for(policy, guard)
     labels = [row for _, row in read_jsonl(args.labels)] if own else []
