@@ -115,6 +115,12 @@ def test_nothing_handed_in_is_no_points(tmp_path):
     assert (points, total, why) == (0, 0, "") and "there is no file mrm.py" in failed
 
 
+def test_a_cell_is_no_formula_to_a_spreadsheet():
+    """Names of folders and messages of errors are texts of the student's."""
+    assert grade.cell("=1+1") == "'=1+1" and grade.sentence(["@SUM(A1)", "twice"]) == "'@SUM(A1); twice"
+    assert grade.cell("ann-marie") == "ann-marie"
+
+
 @pytest.mark.parametrize("options, said", [
     (["--exercises", "9", "course"], "9"), (["--exercises", "4"], "submissions/*"),
     (["course"], "--exercises"),

@@ -269,7 +269,8 @@ def random_checkpoint(family, tokenizer, folder):
 
 
 @pytest.mark.parametrize("family, tokenizer", [
-    ("tiny_qwen3", "qwen3"), ("tiny_qwen2", "qwen3"), ("tiny_mistral", "llama3"), ("tiny_guard", "llama3")])
+    ("tiny_qwen3", "qwen3"), pytest.param("tiny_qwen2", "qwen3", marks=pytest.mark.slow),
+    pytest.param("tiny_mistral", "llama3", marks=pytest.mark.slow), ("tiny_guard", "llama3")])
 def test_a_folder_as_people_have_it_answers(real, tmp_path, family, tokenizer):
     """No guard is asked, so none need fit; the page shows what there is;
     and a name cannot steer the terminal."""
@@ -466,6 +467,7 @@ def test_a_prefill_that_ends_within_a_character_is_gone_on_with(two):
     assert reader.trie.waiting and bridge.score(prompt, [branch.tokens]).shape == (1,)
 
 
+@pytest.mark.slow
 def test_a_qwen_policy_with_a_guard_of_llamas_vocabulary(real, tmp_path):
     policy = load_llama(random_checkpoint("tiny_qwen3", real["qwen3"], tmp_path / "policy"), torch.float64)
     guard = scalar_guard(load_llama(random_checkpoint("tiny_guard", real["llama3"], tmp_path / "guard"),

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from plumbing.tokenizer import Template
 from plumbing.adapters import read_metadata
 from data.corpus import Example, collate, read_labels, read_rewards
 from mrm import sibling_loss
+from plumbing.parallel import place_among_processes
 from plumbing.validate import auc, compare_siblings, predictions, validate_guard
 from train_mrm import batches, guard_loss, mrm_loss
 from plumbing.mixture import weigh
@@ -222,6 +224,16 @@ def test_shards_are_read_as_one_corpus_or_not_at_all(rewards, base, tmp_path):
 
 def loss_curve(log):
     return [float(line.split("loss ")[1].split(",")[0]) for line in log.splitlines() if "loss " in line]
+
+
+def test_only_torchrun_starts_several_processes(monkeypatch):
+    """A scheduler may set RANK for a process that runs alone."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert place_among_processes(SimpleNamespace(device="cpu")) == (0, 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert place_among_processes(SimpleNamespace(device="cpu")) == (1, 4)
 
 
 @pytest.mark.slow
