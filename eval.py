@@ -10,16 +10,17 @@ first tokens are put into the model's mouth (--attack prefill). --attack suffix 
 reported apart.
 
 In float32 and float64, neither --batch nor the number of processes changes a reply, but for rare draws that
-rounding decides. In bfloat16 both do: rounding there depends on how many rows a pass has.
+rounding decides. In bfloat16 and float16 both do: rounding there depends on how many rows a pass has.
 
-Prompts are taken --batch at a time, each through all methods and widths. Every reply is appended to
-OUT/results.jsonl at once. A run that was interrupted goes on there; one with other methods or widths adds to
-it. In the end, OUT has summary.json, one object for each method and width in results.jsonl, the same as
-table.md, and with --plot asr.png. All but scaleff are means over replies, NAME_ci their 95 % interval over
-different requests (plumbing/tables.py):
+Prompts are taken --batch at a time, each through all methods and widths. After each batch of a search its
+replies are appended to OUT/results.jsonl. A run that was interrupted goes on there; one with other methods or
+widths adds to it. In the end, OUT has summary.json, one object for each method and width, over the rows that
+this call names; table.md, the same as a table; and with --plot asr.png. All but the last line are over the
+harmful prompts. All but scaleff are means over replies, NAME_ci their 95 % interval over different requests
+(plumbing/tables.py):
 
     asr           attack success rate: share of replies with a negative reward of the guard, as in the paper
-    judge_asr     the same by the judge, a guard that learned from other data and takes no part in a search
+    judge_asr     the same by the judge, a guard that takes no part in a search (ours learned from other data)
     guard_reward, judge_reward
     reward        what the search took the reward to be: M's prediction, or R
     tflop, reward_calls, seconds, tokens      what a reply cost (the judging is not counted) and its length
@@ -155,7 +156,7 @@ class Measures:
         by_guard = self.rewards(self.guard, replies)
         by_judge = self.rewards(self.judge, replies)
         fluency = self.log_probs(replies)
-        seconds = max(result.stats.seconds for result in results.values()) / len(results)
+        seconds = max(result.stats.seconds for result in results.values()) / len(results)     # each's share
         return {i: {
             "guard_reward": by_guard[i], "judge_reward": by_judge[i], "asr": by_guard[i] < 0,
             "judge_asr": by_judge[i] < 0, "reward": result.reward, "tflop": result.stats.flops / 1e12,
@@ -260,8 +261,9 @@ def parse_runs(safety, width):
 
 def same_run(path, args, models, results, processes):
     """Keep beside the results what decides them: options, and models by their content, wherever they are.
-    Raises BadInput if the results have others. In bfloat16 the number of rows of a pass decides rounding, and
-    so replies: there --batch and the number of processes count too."""
+    Raises BadInput if the results have others. In half precision the number of rows of a pass decides
+    rounding, and so replies: there --batch and the number of processes count too."""
+    # free: what may differ between calls that add to one folder
     free = "data safety runs width device limit out batch plot tflop_limit".split()
     run = {key: str(value) for key, value in vars(args).items() if key not in free}
     run |= {"policy": identity(models.policy), "mrm_base": identity(models.base)}
@@ -313,7 +315,7 @@ def work(args, rank, processes):
         results = read_results(args.out)
         same_run(args.out / "arguments.json", args, models, results, processes)
         for result in merge_results(args.out):
-            row = rows.get(result["row"], result)
+            row = rows.get(result["row"], result)       # one that this call does not name stays as it is
             decisive = ("source", "prompt", "response", "suffix", "category")
             if any(result.get(key) != row.get(key) for key in decisive):
                 raise BadInput(f"{args.out} holds results for another prompt than {row['source']} has now; "

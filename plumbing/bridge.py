@@ -1,5 +1,5 @@
 """
-A guard with another vocabulary than the policy's.
+A search of one vocabulary asks a guard of another: by the text that both can read.
 """
 
 import codecs
@@ -20,7 +20,8 @@ class Bridge:
         self.guard = guard
 
     def tokens(self, tokens, before=b""):
-        """The policy's tokens as the guard's. before: bytes of half a character that they go on from."""
+        """The policy's tokens as the guard's. before: the bytes of a
+        character that the prefill began and did not finish."""
         text, _ = self.decoded(tokens, before)
         llama = self.guard.llama
         ended = tokens and tokens[-1] in self.policy.config.eos_token_ids

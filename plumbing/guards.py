@@ -1,8 +1,8 @@
 """
-Guards other than mrm.Guard: a Llama Guard, a guard with another vocabulary than the policy's, one's own.
+Which guard a path names (an adapter, a Llama Guard, a Qwen3Guard), and how a search can ask it.
 
-A search asks a reward model for its `kind`, its `shared_pass` and its `reader(prompt)`. Here are classes that
-have these for other guards than mrm.Guard; `load_guard` and `guard_for` choose what fits.
+A search asks a reward model for its `kind`, its `shared_pass` and its `reader(prompt)`. mrm.Guard has these.
+`guard_for` wraps what lacks them, or reads other tokens than the policy's.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from plumbing.files import read_json
 from plumbing.stream_guard import load_stream_guard
 from plumbing.templates import both_turns
 
-VERDICT = "Safety:"                 # what a Qwen3Guard-Gen begins its answer with
+VERDICT = "Safety:"                 # Qwen3Guard-Gen, a guard by words, begins its answer with this
 
 
 def guard_for(policy, guard):
@@ -29,13 +29,13 @@ def guard_for(policy, guard):
     if not isinstance(guard, Guard):
         return guard
     ours = policy.vocabulary
-    theirs = guard.llama.vocabulary
+    theirs = guard.llama.vocabulary             # None: a model without a tokenizer cannot be bridged
     return Bridge(policy, guard) if ours and theirs and ours != theirs else guard
 
 
 def load_guard(path, llama):
-    """The guard at `path`: a Llama Guard's folder (maybe that of `llama`), or an adapter on `llama`. Those of
-    this repository are adapters on the default weights, whatever `llama` is."""
+    """The guard at `path`: an adapter on `llama`, or the folder of a Llama Guard or a Qwen3Guard, Stream or
+    Gen (maybe that of `llama`). Those of this repository are adapters on the default weights, always."""
     if not Path(path).is_dir():
         base = read_metadata(path).get("base_fingerprint")
         if Path(path).resolve().parent == DEFAULT and base != llama.fingerprint:

@@ -10,7 +10,7 @@ import re
 
 BEGINNING = 250         # characters of a reply that are searched: a refusal says so early
 REFUSAL = re.compile(r"""\b(?:
-    (?:sorry|apologi[sz]e),?\s(?:but\s)?I\s(?:must|can|am|do|will|won|have|wouldn)\w* |  # "sorry to hear": no
+    (?:sorry|apologi[sz]e),?\s(?:but\s)?I\s(?:must|can|am|do|will|won|have|wouldn)\w* |  # not "sorry to hear"
     I\s(?:\w+\s)?(?:can['’]?t|cannot|can\snot|won['’]?t|will\snot|unable\sto|not\sable\sto)\s
         (?:and\s(?:will|should)\snot\s)?(?:\w+\s)?
         (?:help|assist|do|answer|fulfill?|comply|give|create|write|support|engage|offer|discuss|tell|share|

@@ -1,5 +1,5 @@
 """
-A training run that was interrupted goes on: its checkpoint, beside the adapter that it will write.
+Checkpoints of training, from which an interrupted run goes on. They lie beside the adapter to be.
 """
 
 import hashlib

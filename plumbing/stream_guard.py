@@ -1,7 +1,8 @@
 """
 Qwen3Guard (Qwen Team 2025, arXiv 2510.14276): guards that anyone can have, in the vocabulary of Qwen3.
 
-Stream is a Qwen3 with heads that judge every token: a call costs a search one token. (Gen answers in words.)
+Stream is a Qwen3 with heads that judge every token: a search's call reads one new token. Its sibling Gen
+answers in words (plumbing/guards.py).
 """
 
 import torch
@@ -14,14 +15,15 @@ from plumbing.checkpoint import load_llama
 from plumbing.errors import BadInput
 from plumbing.templates import both_turns
 
-SAFE, UNSAFE = 0, 1                     # of the head's three classes; 2 is "controversial"
+SAFE, UNSAFE = 0, 1                     # of the head's three classes; 2, "controversial", does not enter R
 
 
 class StreamGuard(Guard):
-    """R(s) = logit(safe) − logit(unsafe), by a head with one hidden layer on every token of the reply."""
+    """R(s) = logit(safe) − logit(unsafe), by a head on every token of the reply: two matrices, an
+    RMSNorm between them."""
 
     def __init__(self, llama, template, heads):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)                # not Guard's: that one has another head
         self.llama = llama
         self.template = template
         inner = heads["risk_level_category_pre.weight"].shape[0]
@@ -40,7 +42,7 @@ class StreamGuard(Guard):
 def load_stream_guard(folder, dtype, device):
     """The guard of a Qwen3Guard-Stream's folder. It reads a conversation in the folder's own chat format."""
     heads = {}
-    llama = load_llama(folder, dtype, device, heads)
+    llama = load_llama(folder, dtype, device, heads)        # puts the other tensors into `heads`
     inner = len(heads.get("risk_level_category_layernorm.weight", ()))
     for name, shape in (("risk_level_category_pre.weight", (inner, llama.config.hidden_size)),
                         ("risk_level_category_layernorm.weight", (inner,)),
@@ -48,5 +50,6 @@ def load_stream_guard(folder, dtype, device):
         found = tuple(heads[name].shape) if name in heads else None
         if found != shape:
             raise BadInput(f"{folder}: the head's tensor {name} has shape {found}, expected {shape}")
+    # It judges the reply's last token, so it reads nothing after that.
     llama.tokenizer.texts["turns"] = both_turns(folder, False) | {"suffix": ""}
     return StreamGuard(llama, llama.tokenizer.template("turns"), heads).requires_grad_(False)

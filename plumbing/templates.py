@@ -1,6 +1,5 @@
 """
-The texts around a conversation: a folder's chat_template, rendered around a marker in the place of the user's
-text.
+What a folder's chat_template writes before and after the user's text: it is rendered around a marker.
 """
 
 import datetime
@@ -41,7 +40,8 @@ def read_special(folder):
 
 def read_templates(folder):
     """{"chat": {"prefix": text, "infix": text, "trim": ...}, "reward": ...} of a folder; "chat" only where it
-    has one."""
+    has a chat_template. "reward" is what guard and MRM of this repository read (mrm.py). A Llama Guard's
+    folder has a "guard" too, in its templates.json; "turns" is a Qwen3Guard's, and its loader makes it."""
     special, source, path = read_special(folder)
     texts = {"reward": {"prefix": special.get("bos_token", "") + "\n\nUser:", "infix": "\n\nAgent:"}}
     if source:

@@ -20,7 +20,7 @@ from plumbing.files import check_keys, parsing
 from plumbing.templates import read_special, read_templates
 from plumbing.vocabulary import is_proper, read_vocabulary
 
-BLANKS = 100_000                # in a row, at most: at several times as many, tiktoken's stack overflows
+MOST_BLANKS = 100_000           # in a row, at most: at several times as many, tiktoken's stack overflows
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Tokenizer:
         self.vocabulary = vocabulary
         self.added = vocabulary.added                                           # text to id
         self.ids = [vocabulary.ids.get(token) for token in vocabulary.ranks]    # of each rank, or None
-        self.proper = set()                             # tokens that are known to be made as they should
+        self.proper = set()                             # tokens whose merges were checked: is_proper
         self.bytes = {i: token for token, i in vocabulary.ids.items()}
         self.bytes |= {i: text.encode() for text, i in self.added.items() if i in vocabulary.shown}
         self.size = 1 + max(*vocabulary.ids.values(), *self.added.values())
@@ -102,12 +102,12 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids of plain text: what looks like a control token is ordinary text here. Bytes that have no
-        token are left out. Raises BadInput for text that is no valid Unicode, and for endless blanks."""
+        token are left out. Raises BadInput for text that is no valid Unicode, and for MOST_BLANKS."""
         text = unicodedata.normalize("NFC", text) if self.vocabulary.nfc else text
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise BadInput("the text is not valid Unicode: it has unpaired surrogates")
-        if re.search(rf"\s{{{BLANKS}}}", text):
-            raise BadInput(f"the text has {BLANKS} or more blanks in a row")
+        if re.search(rf"\s{{{MOST_BLANKS}}}", text):
+            raise BadInput(f"the text has {MOST_BLANKS} or more blanks in a row")
         with parsing(self.folder, "a tokenizer whose pattern can split this text"):
             ranks = self.encoding.encode_ordinary(text)
         if len(self.encoding.decode_bytes(ranks)) < len(text.encode()):
@@ -118,7 +118,7 @@ class Tokenizer:
         return [self.ids[rank] for rank in ranks if self.ids[rank] is not None]
 
     def template(self, name):
-        """The Template of that name. Its texts are the checkpoint's own, so control tokens count as such."""
+        """The Template of that name (plumbing/templates.py). Control tokens count in its texts."""
         if name not in self.texts:
             raise BadInput(f"{self.folder}: no template {name!r}; expected chat_template in tokenizer_config"
                            ".json or chat_template.jinja, or this template in templates.json")
@@ -127,7 +127,7 @@ class Tokenizer:
             check_keys(parts, {"prefix": None, "infix": None, "suffix": None,
                                "trim": ["", "strip", "lstrip", "rstrip"]})
             prefix, infix, suffix = parts["prefix"], parts["infix"], parts["suffix"]
-            if name in ("chat", "turns"):                   # without the text next to the user's
+            if name in ("chat", "turns"):                   # ChatTemplate encodes the text next to the user's
                 last = max((match.end() for match in re.finditer(self.control(), prefix)), default=0)
                 next_one = re.search(self.control(), infix)
                 first = next_one.start() if next_one else len(infix)
