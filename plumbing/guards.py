@@ -51,7 +51,7 @@ def load_guard(path, llama):
         return llama_guard(other)
     texts = both_turns(path, True)
     if VERDICT not in texts["prefix"] + texts["suffix"]:
-        raise BadInput(f"{path}: not a guard: no template `guard`, and no {VERDICT!r} in its chat format")
+        raise BadInput(f"{path}: not a guard: no template 'guard', and no {VERDICT!r} in its chat format")
     other.tokenizer.texts["turns"] = texts | {"suffix": texts["suffix"] + VERDICT}
     return guard_by_words(other, other.tokenizer.template("turns"), " Safe", " Unsafe")
 

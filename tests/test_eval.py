@@ -199,7 +199,8 @@ def test_a_run_is_told_by_content_not_by_path(tmp_path, judge, smollm2_folder):
 
 @pytest.mark.slow
 def test_runs_of_several_seeds_become_one_table(tmp_path, judge):
-    """results/merge.py takes the mean over all replies, and takes no seed twice."""
+    """results/merge.py takes the mean over all replies, here three to each of two requests, and takes no seed
+    twice."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"Tell me {i}", "response": "Sure, here it is"}) + "\n"
                             for i in "ab"))
@@ -212,8 +213,8 @@ def test_runs_of_several_seeds_become_one_table(tmp_path, judge):
     status, out, error = run_script("results/merge.py", *folders, "--out", tmp_path / "merged.json")
     merged = json.loads((tmp_path / "merged.json").read_text())
     (row,), replies = merged["rows"], [r for folder in folders for r in read_results(folder)]
-    assert ((status, error, row["prompts"], merged["arguments"]["seed"]) == (0, "", 6, ["0", "1", "2"])
-            and "| best_of_n | 2 | 6 " in out)
+    assert (status, error, row["prompts"], merged["arguments"]["seed"]) == (0, "", 6, ["0", "1", "2"])
+    assert row["requests"] == 2 and "| best_of_n | 2 | 2 " in out
     assert row["guard_reward"] == pytest.approx(sum(r["guard_reward"] for r in replies) / 6)
     (tmp_path / "merged.json").unlink()
     status, _, error = run_script("results/merge.py", *folders, folders[0], "--out", tmp_path / "merged.json")
