@@ -156,7 +156,8 @@ class Measures:
         by_guard = self.rewards(self.guard, replies)
         by_judge = self.rewards(self.judge, replies)
         fluency = self.log_probs(replies)
-        seconds = max(result.stats.seconds for result in results.values()) / len(results)     # each's share
+        # The replies of a batch were searched side by side: each has an equal share of the time.
+        seconds = max(result.stats.seconds for result in results.values()) / len(results)
         return {i: {
             "guard_reward": by_guard[i], "judge_reward": by_judge[i], "asr": by_guard[i] < 0,
             "judge_asr": by_judge[i] < 0, "reward": result.reward, "tflop": result.stats.flops / 1e12,

@@ -58,9 +58,9 @@ def chat_texts(source, special):
     if plain.count(MARKER) != 1:
         raise BadInput("the chat_template must contain the user's text exactly once")
     prefix, infix = plain.split(MARKER)
-    spaced = render(source, BLANKS + MARKER + BLANKS, special)
+    user = BLANKS + MARKER + BLANKS
+    spaced = render(source, user, special)
     for trim in ("", "strip", "lstrip", "rstrip"):
-        user = BLANKS + MARKER + BLANKS
         if spaced == prefix + (getattr(user, trim)() if trim else user) + infix:
             return {"prefix": prefix, "infix": infix, "trim": trim}
     raise BadInput("the chat_template changes the blanks around the user's text, and does not just trim them")

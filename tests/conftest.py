@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import os
@@ -170,6 +171,17 @@ def public_data():
     if not folder:
         pytest.skip("SAFFRON_DATA does not name a folder with the public data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, public_data):
+    """Name to a folder with the real tokenizer files of Qwen3 and Llama 3."""
+    folders = {}
+    for name in ("qwen3", "llama3"):
+        folders[name] = tmp_path_factory.mktemp(name)
+        for path in (public_data / "tokenizers" / name).glob("*.gz"):
+            (folders[name] / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    return folders
 
 
 def spelled(tokenizer, tokens):

@@ -1,6 +1,5 @@
 """A conversation is a text: its tokens are those that transformers gives the whole of it. Templates, ends."""
 
-import gzip
 import json
 import shutil
 
@@ -19,17 +18,6 @@ from plumbing.templates import TODAY, chat_texts
 from plumbing.tokenizer import Tokenizer
 
 CONVERSATIONS = json.loads((GOLDEN / "conversations.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory, public_data):
-    """Name to a folder with the real tokenizer files of Qwen3 and Llama 3."""
-    folders = {}
-    for name in ("qwen3", "llama3"):
-        folders[name] = tmp_path_factory.mktemp(name)
-        for path in (public_data / "tokenizers" / name).glob("*.gz"):
-            (folders[name] / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    return folders
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3"])

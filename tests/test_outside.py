@@ -1,7 +1,6 @@
 """What people bring: checkpoints of other families, real tokenizers, guards of another vocabulary,
 odd texts and files."""
 
-import gzip
 import json
 import os
 import shutil
@@ -230,17 +229,6 @@ def test_numbers_that_are_none_are_refused_where_they_arise(tiny_guard, tiny_pol
 
 # ------------------------------------------------------------------------------------------------------------
 # tokenizers
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory, public_data):
-    """Name to a folder with the real tokenizer files of Qwen3 and Llama 3."""
-    folders = {}
-    for name in ("qwen3", "llama3"):
-        folders[name] = tmp_path_factory.mktemp(name)
-        for path in (public_data / "tokenizers" / name).glob("*.gz"):
-            (folders[name] / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    return folders
-
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3"])
 def test_a_real_tokenizer_gives_the_ids_of_hugging_face(real, name):
