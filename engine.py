@@ -124,7 +124,7 @@ def lockstep(policy, reward_model, searches, watch=None):
             for reader in search.readers:
                 reader.ask(ask.policy if reader.gives == "policy_hidden" else ask.reward, ask.keep)
         under_way = [search for search in under_way if search.result is None]
-        # 2. The models read it, each in a pass of its own, or in one where plumbing/fast.py has joined them.
+        # 2. The models read it, each in a pass of its own, or in one where plumbing/shared.py has joined them.
         tries = [reader.trie for search in under_way for reader in search.readers if reader.trie]
         if shared and policy in shared.llamas:
             compute(shared, tries)

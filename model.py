@@ -95,14 +95,14 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         d = config.hidden_size
-        width = config.num_attention_heads * config.head_dim                    # of all queries
-        kv_width = config.num_key_value_heads * config.head_dim                 # of all keys, of all values
         self.layer = layer                                                      # its number, for the cache
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(d, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(d, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(d, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(width, d, bias=False)
+        self.q_proj = nn.Linear(d, self.heads * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=False)
         self.qk_norm = config.qk_norm
         if self.qk_norm:                                                        # Qwen3
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -117,11 +117,14 @@ class Attention(nn.Module):
             k = self.k_norm(k)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
+        return self.o_proj(self.attend(q, k, v, cache))                         # (B, T, d)
+
+    def attend(self, q, k, v, cache):                       # -> (B, T, heads · head_dim)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             y = cache.attend(self.layer, q, k, v)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, T, d)
+        return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

@@ -32,7 +32,7 @@ from trie_cache import TrieCache
 class Guard(nn.Module):
     """R(s): a scalar head on every token, so that one forward pass scores every prefix of a reply."""
     kind = "guard"
-    shared_pass = None          # set by plumbing/fast.py: one forward pass for policy and guard
+    shared_pass = None          # set by plumbing/shared.py: one forward pass for policy and guard
 
     def __init__(self, llama, template):
         super().__init__()

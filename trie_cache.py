@@ -1,31 +1,29 @@
 """
 A KV cache that is a trie: token sequences with a common prefix share the keys and values of that prefix.
 
-Tree search extends a few sequences by a token each, drops some, and extends the rest. Most of their tokens
-are old, and many are shared. Here each distinct prefix is computed once and stored once. The paper (Qiu et
-al. 2025, arXiv 2506.06444, Section 4.4) uses a trie for the same purpose; the layout is our own, with tree
-attention in the manner of SpecInfer (Miao et al. 2023, arXiv 2305.09781):
+Tree search extends a few sequences by a token each and drops others. Most of their tokens are old, and many
+are shared: here each distinct prefix is computed once and stored once, without padding or copies. The paper
+(Qiu et al. 2025, arXiv 2506.06444, Section 4.4) has the idea; the layout is our own, with tree attention in
+the manner of SpecInfer (Miao et al. 2023, arXiv 2305.09781):
 
     a node   = the last token of a prefix; the path from the root to it spells the prefix
-    a slot   = a node's place in the arena, the preallocated tensor of keys and values of all layers
+    a slot   = a node's place in the arena, the preallocated tensor of keys and values of all layers; a branch
+               that is dropped gives its slots back
     position = how many tokens stand before it on the path: its depth - 1
     a mask lets each token look at the slots on its own path only, so slots may lie in any order
-
-So there is no padding and no copy of a cache. A branch that is not needed any more gives its slots back.
 """
 
 import heapq
-import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+PIECE = 256                     # the most tokens of a trie that one pass reads: a mask has a row for each
+
 
 class TrieNode:
     """One token after its parent's prefix."""
-    __slots__ = ("token", "slot", "depth", "parent", "children")
-
     def __init__(self, token, slot, parent):
         self.token = token
         self.slot = slot
@@ -58,12 +56,11 @@ class TrieCache:
         self.free = []                          # slots given back, a heap
         self.used = 0                           # slots 0 to used - 1 are in use, or were (then they are free)
         self.computed = self.cached = self.attended = 0
+        self.paths = {self.root: np.zeros(0, dtype=bool)}   # some nodes' paths, as marks on slots: see `mask`
         config = model.config
-        like = dict(dtype=model.dtype, device=model.device)
         shape = config.num_hidden_layers, 2, config.num_key_value_heads, capacity, config.head_dim
-        self.arena = torch.zeros(shape, **like)     # (layers, keys and values, kv_heads, slots, head_dim)
-        self.hidden = torch.zeros(capacity, config.hidden_size, **like)      # (slots, d), after the last norm
-        self.visible = np.zeros((capacity, capacity), dtype=bool)          # [i, j]: may slot i look at slot j
+        self.arena = torch.zeros(shape, dtype=model.dtype, device=model.device)   # [:, 0] keys, [:, 1] values
+        self.hidden = self.arena.new_zeros(capacity, config.hidden_size)     # (slots, d), after the last norm
 
     def __call__(self, sequences):
         """Final hidden states of the last tokens of n token lists: (n, d), in one pass over what is new."""
@@ -77,32 +74,43 @@ class TrieCache:
         longest = self.model.config.max_position_embeddings
         assert node.depth + len(tokens) <= longest, f"{self.model.config.name} reads at most {longest} tokens"
         assert node is self.root or node.slot is not None, "this node was forgotten"
-        new = 0
+        before = len(self.waiting)
         for token in tokens:
             child = node.children.get(token)
             if child is None:
                 child = TrieNode(token, self.take_slot(), node)
                 node.children[token] = child
-                # A token sees what its parent sees, and itself.
-                self.visible[child.slot] = self.visible[node.slot] if node.slot is not None else False
-                self.visible[child.slot, child.slot] = True
                 self.waiting.append(child)
-                new += 1
             node = child
-        self.cached += node.depth - new
+        self.cached += node.depth - (len(self.waiting) - before)
         return node
 
     def hidden_at(self, nodes):
         """Final hidden states of n computed nodes: (n, d)."""
         return self.hidden[[node.slot for node in nodes]]
 
+    def mask(self, nodes):
+        """Which slots n waiting nodes look at, parents first: (n, S), for the first S slots 0 or −∞. Each
+        looks at the slots on its path: those of its parent's path, and its own."""
+        rows = np.zeros((len(nodes), self.used), dtype=bool)
+        for row, node in zip(rows, nodes):
+            above = node
+            while above not in self.paths:                  # mostly one step: the parent was read just before
+                row[above.slot] = True
+                above = above.parent
+            row[:len(self.paths[above])] |= self.paths[above]
+            self.paths[node] = row
+        self.paths = {self.root: self.paths[self.root], **dict(zip(nodes, rows))}
+        blocked = torch.from_numpy(~rows[:, :1 + rows.any(axis=0).nonzero()[0][-1]]).to(self.hidden.device)
+        return torch.zeros_like(blocked, dtype=self.hidden.dtype).masked_fill_(blocked, -torch.inf)
+
     def attend(self, layer, q, k, v, slots, mask):
         """Attention of n waiting tokens in one layer: write their keys and values to their slots, then let
         each look at its path. q: (1, heads, n, head_dim), k and v: (1, kv_heads, n, head_dim), slots: ints
-        (n,), mask: (n, used), 0 where a token may look and −∞ elsewhere. Result: (1, heads, n, head_dim)."""
+        (n,), mask: (n, S). Result: (1, heads, n, head_dim)."""
         arena = self.arena[layer]                                             # (2, kv_heads, slots, head_dim)
         arena[:, :, slots] = torch.cat((k, v))                                   # (2, kv_heads, n, head_dim)
-        keys, values = arena[:, None, :, :self.used]                      # (1, kv_heads, used, head_dim) each
+        keys, values = arena[:, None, :, :mask.shape[1]]                     # (1, kv_heads, S, head_dim) each
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
     def take_slot(self):
@@ -114,7 +122,6 @@ class TrieCache:
         if self.used > len(self.hidden):
             self.arena = torch.cat((self.arena, torch.zeros_like(self.arena)), dim=3)
             self.hidden = torch.cat((self.hidden, torch.zeros_like(self.hidden)), dim=0)
-            self.visible = np.pad(self.visible, (0, slot))      # slot: as many as there were
         return slot
 
     def prune(self, nodes):
@@ -148,15 +155,10 @@ class Pass:
 
     def __init__(self, tries, device):
         self.tries = tries
-        self.sizes = [len(trie.waiting) for trie in tries]
-        self.slots = []                                     # of each trie: where its keys are written, (n,)
-        self.masks = []                                     # of each trie: who looks where, (n, used)
-        for trie in tries:
-            slots = [node.slot for node in trie.waiting]
-            blocked = torch.from_numpy(~trie.visible[slots, :trie.used]).to(device)
-            mask = torch.zeros_like(blocked, dtype=trie.hidden.dtype)
-            self.slots.append(torch.tensor(slots, device=device))
-            self.masks.append(mask.masked_fill_(blocked, -math.inf))
+        self.nodes = [trie.waiting[:PIECE] for trie in tries]           # of each trie: what is read of it
+        self.sizes = [len(nodes) for nodes in self.nodes]
+        self.masks = [trie.mask(nodes) for trie, nodes in zip(tries, self.nodes)]
+        self.slots = [torch.tensor([node.slot for node in nodes], device=device) for nodes in self.nodes]
 
     def attend(self, layer, q, k, v):
         """Each trie's attention over its own tokens. q (1, heads, n, head_dim), k and v (1, kv_heads, n,
@@ -168,18 +170,16 @@ class Pass:
 
 @torch.no_grad()
 def compute(model, tries):
-    """One forward pass over all waiting tokens of these tries. model: the Llama of all of them, or an object
-    that is called in the same way and reads for several Llamas (plumbing/fast.py)."""
-    tries = [trie for trie in tries if trie.waiting]
-    if not tries:
-        return
-    waiting = [node for trie in tries for node in trie.waiting]
-    tokens = torch.tensor([[node.token for node in waiting]], device=model.device)              # (1, n)
-    positions = torch.tensor([[node.depth - 1 for node in waiting]], device=model.device)       # (1, n)
-    forward_pass = Pass(tries, model.device)
-    hidden = model(tokens, positions, forward_pass)[0]                                          # (n, d)
-    for trie, slots, h in zip(tries, forward_pass.slots, hidden.split(forward_pass.sizes)):
-        trie.hidden[slots] = h
-        trie.computed += len(trie.waiting)
-        trie.attended += sum(node.depth for node in trie.waiting)
-        trie.waiting = []
+    """Read all that waits in these tries, in one forward pass where that is at most PIECE tokens of each.
+    model: the Llama of all, or what is called like one and reads for several (plumbing/shared.py)."""
+    while tries := [trie for trie in tries if trie.waiting]:
+        this = Pass(tries, model.device)
+        nodes = [node for nodes in this.nodes for node in nodes]
+        tokens = torch.tensor([[node.token for node in nodes]], device=model.device)            # (1, n)
+        positions = torch.tensor([[node.depth - 1 for node in nodes]], device=model.device)     # (1, n)
+        hidden = model(tokens, positions, this)[0]                                              # (n, d)
+        for trie, nodes, slots, h in zip(tries, this.nodes, this.slots, hidden.split(this.sizes)):
+            trie.hidden[slots] = h
+            trie.computed += len(nodes)
+            trie.attended += sum(node.depth for node in nodes)
+            trie.waiting = trie.waiting[len(nodes):]

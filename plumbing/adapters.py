@@ -15,7 +15,7 @@ from safetensors.torch import save
 from mrm import MRM, PROJECTIONS, Guard, add_lora, trained_tensors
 from plumbing.checkpoint import DEFAULT, load_llama, read_tensors
 from plumbing.errors import BadInput, check_finite
-from plumbing.fast import share_pass
+from plumbing.shared import share_pass
 from plumbing.files import check, reading, write_file
 from plumbing.tokenizer import Template
 

@@ -16,7 +16,7 @@ from mrm import Guard
 from plumbing.adapters import check_vocabulary
 from plumbing.checkpoint import DEFAULT, load_llama
 from plumbing.errors import BadInput
-from plumbing.fast import share_pass
+from plumbing.shared import share_pass
 from plumbing.files import parsing, read_lines
 from plumbing.guards import guard_for, load_guard
 from plumbing.released import load_mrm

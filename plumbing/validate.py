@@ -43,8 +43,10 @@ def auc(scores, labels):
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
     scores = np.asarray(scores)
     labels = np.asarray(labels, bool)
-    above = scores[labels][:, None] - scores[~labels]                   # (positives, negatives)
-    return np.mean((above > 0) + 0.5 * (above == 0))
+    negatives = np.sort(scores[~labels])
+    below = np.searchsorted(negatives, scores[labels], "left")          # of each positive: negatives below it
+    not_above = np.searchsorted(negatives, scores[labels], "right")
+    return np.mean(below + not_above) / 2 / len(negatives)
 
 
 def validate_guard(guard, examples, device):

@@ -23,7 +23,6 @@ from plumbing.start import run  # noqa: E402
 
 import functools  # noqa: E402
 import json  # noqa: E402
-import platform  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
 from argparse import ArgumentTypeError  # noqa: E402
@@ -39,6 +38,7 @@ from plumbing.files import check_output, write_file  # noqa: E402
 from plumbing.options import add_model_options, load_models  # noqa: E402
 from plumbing.parser import Parser, number  # noqa: E402
 from results.draw import seconds_a_step  # noqa: E402
+from results.machine import bandwidth, describe_machine, weight_bytes  # noqa: E402
 from saffron import PROMPT, saffron_frontiers  # noqa: E402
 
 WIDTHS = [1, 4, 16, 64]
@@ -80,23 +80,6 @@ class CopyCache:
         known = k.shape[2] - new
         mask = torch.ones(new, known + new, dtype=torch.bool, device=q.device).tril(known)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-def bandwidth(device):
-    """Bytes a second at which this machine reads memory: the best of ten sums over 512 MB."""
-    x = torch.ones(2 ** 27, device=device)
-    best = 0.0
-    for _ in range(10):
-        started = time.perf_counter()
-        x.sum().item()
-        best = max(best, x.nbytes / (time.perf_counter() - started))
-    return best
-
-
-def weight_bytes(llama):
-    """Bytes of the weights that a step reads: all but the embedding, unless that is the head too."""
-    embedding = llama.model.embed_tokens.weight
-    return sum(p.nbytes for p in llama.parameters() if p is not embedding or p is llama.lm_head.weight)
 
 
 def prompt_of(policy, length=None):
@@ -202,9 +185,7 @@ def main():
     llamas = [policy] + ([reward_model.llama] if hasattr(reward_model, "llama") else [])
     size = sum(map(weight_bytes, llamas))
     speed = bandwidth(args.device)
-    machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
-               f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
-               f"{args.dtype} on {args.device}")
+    machine = f"{describe_machine()}, {args.dtype} on {args.device}"
     print(f"{machine}\n{args.safety}; memory bandwidth {speed / 1e9:.1f} GB/s; weights {size / 1e9:.2f} GB")
     lengths = [(w, n) for w in args.width or [WIDTH] for n in args.length or LENGTHS]
     cases = lengths if args.length and not args.plot else [(w, LENGTH) for w in args.width or WIDTHS]

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plumbing.tokenizer import Prompt, Template
 from mrm import MRM, add_lora, trained_tensors
-from plumbing.fast import same_base, share_pass
+from plumbing.shared import same_base, share_pass
 from baselines import SEARCHES, best_of_n
 from search import saffron
 from trie_cache import TrieCache

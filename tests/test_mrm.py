@@ -19,7 +19,7 @@ from plumbing.tokenizer import Prompt, Template
 from mrm import MRM, add_lora, Guard, LoRALinear, partial_supervision_loss, trained_tensors
 from plumbing.adapters import check_lora, load_adapter, save_adapter
 from plumbing.released import load_released_mrm
-from plumbing.fast import SharedPass
+from plumbing.shared import SharedPass
 from trie_cache import TrieCache, compute
 
 TARGETS = ["q_proj", "v_proj"]

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -465,6 +466,10 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
     pairs = [(a > b) + (a == b) / 2 for a in scores[labels] for b in scores[~labels]]
     assert auc(scores, labels) == pytest.approx(np.mean(pairs))
     assert auc([1, 2, 3], [0, 0, 1]) == 1 and auc([1, 1], [0, 1]) == 0.5
+    tracemalloc.start()
+    assert auc(np.arange(50_000), np.arange(50_000) % 2) == pytest.approx(0.5, abs=1e-4)
+    assert tracemalloc.get_traced_memory()[1] < 100e6                   # the matrix of all pairs takes 5 GB
+    tracemalloc.stop()
 
 
 def test_smoothed_labels_bound_the_reward(tiny_guard):

@@ -1,0 +1,89 @@
+"""
+One forward pass for two models that differ in LoRA only: the base weights are read once for both.
+
+What loads a reward model for a policy calls `share_pass`.
+
+Shapes: T tokens, d_in and d_out the sizes of a projection, K = ranks of all LoRA together.
+"""
+
+import torch
+
+from mrm import LoRALinear, part_of, shallow_copy
+from plumbing.fast import JOINED, FastBlock, base
+
+
+def share_pass(policy, reward_model):
+    """The reward model, whose searches read for both models in one pass if they differ in LoRA only: one is
+    an `add_lora` of the other, or both of a third."""
+    llama = getattr(reward_model, "llama", None)
+    if llama is not None and llama is not policy and same_base(policy, llama):
+        reward_model.shared_pass = SharedPass([policy, llama])
+    return reward_model
+
+
+def same_base(a, b):
+    return a.model.embed_tokens.weight is b.model.embed_tokens.weight
+
+
+class SharedPass:
+    """Llamas that differ in LoRA only, as one: a pass reads the base weights once for the tokens of all. It
+    is a copy of them whose layers have the LoRA of all."""
+
+    def __init__(self, llamas):
+        self.llamas = llamas
+        self.llama = shallow_copy(llamas[0])
+        self.device = self.llama.device
+        self.readers = Readers()
+        for block, *blocks in zip(self.llama.model.layers, *(llama.model.layers for llama in llamas)):
+            block.__class__ = FastBlock
+            block.lora = {}
+            for names in JOINED:
+                linears = [[getattr(part_of(b, name), name) for name in names] for b in blocks]
+                if any(isinstance(linear, LoRALinear) for own in linears for linear in own):
+                    block.lora[names] = JointLoRA(linears, self.readers)
+
+    def __call__(self, tokens, positions, cache):
+        """As Llama's forward, with B = 1. cache: a trie_cache.Pass, whose tries say whose the tokens are."""
+        reader = torch.tensor([self.llamas.index(trie.model) for trie in cache.tries])
+        self.readers.begin(reader.repeat_interleave(torch.tensor(cache.sizes)).to(self.device))
+        return self.llama(tokens, positions, cache)
+
+
+class Readers:
+    """Whose each token of the pass under way is: the same object for all JointLoRA of a SharedPass."""
+
+    def begin(self, reader):                                                            # ints (T,)
+        self.reader = reader
+        self.masks = {}
+
+    def mask(self, owner, dtype):
+        """1 where the Llama that reads a token owns a rank, else 0: (T, K). owner: a tuple of K ints."""
+        if owner not in self.masks:
+            owners = torch.tensor(owner, device=self.reader.device)
+            self.masks[owner] = (self.reader[:, None] == owners).to(dtype)
+        return self.masks[owner]
+
+
+class JointLoRA:
+    """y + (mask ⊙ x A) B, where A and B hold the LoRA of all Llamas for all projections that read x."""
+
+    @torch.no_grad()
+    def __init__(self, linears, readers):           # linears[i]: these projections in Llama i
+        self.readers = readers
+        sizes = [len(base(linear).weight) for linear in linears[0]]
+        A, B, owner = [], [], []
+        for i, own in enumerate(linears):
+            for j, linear in enumerate(own):
+                if isinstance(linear, LoRALinear):
+                    rows = linear.lora_B.new_zeros(len(linear.lora_A), sum(sizes))
+                    rows.split(sizes, dim=-1)[j].copy_(linear.scale * linear.lora_B.T)
+                    A.append(linear.lora_A.T)
+                    B.append(rows)
+                    owner += [i] * len(rows)
+        self.A = torch.cat(A, dim=1)                                                            # (d_in, K)
+        self.B = torch.cat(B)                                                                   # (K, d_out)
+        self.owner = tuple(owner)
+
+    def add_to(self, y, x):                                     # (1, T, d_out), (1, T, d_in) -> (1, T, d_out)
+        low = torch.mm(x[0], self.A) * self.readers.mask(self.owner, x.dtype)                   # (T, K)
+        return y[0].addmm_(low, self.B)[None]
