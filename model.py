@@ -8,8 +8,7 @@ folders of the Hugging Face hub, so plumbing/checkpoint.py, which loads those, n
 Sources:
 - Llama: Touvron et al. 2023, arXiv 2302.13971; Llama 3: Grattafiori et al. 2024, arXiv 2407.21783
 - RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467; SwiGLU: Shazeer 2020, arXiv 2002.05202
-- rotary embedding (RoPE): Su et al. 2021, arXiv 2104.09864
-- grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
+- rotary embedding: Su et al. 2021, arXiv 2104.09864; grouped queries: Ainslie et al. 2023, arXiv 2305.13245
 - Mistral: arXiv 2310.06825; Qwen2: arXiv 2407.10671; Qwen3: arXiv 2505.09388
 
 Shapes: B sequences, T tokens each, d = hidden_size, V = vocab_size; heads queries share kv_heads keys.
@@ -95,36 +94,36 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         d = config.hidden_size
+        kv_width = config.num_key_value_heads * config.head_dim                 # of all keys, of all values
         self.layer = layer                                                      # its number, for the cache
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(d, self.heads * self.head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(d, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, d, bias=False)
+        self.q_proj = nn.Linear(d, config.num_attention_heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.q_proj.out_features, d, bias=False)
         self.qk_norm = config.qk_norm
         if self.qk_norm:                                                        # Qwen3
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, cache):                  # x: (B, T, d); cos, sin: (B, 1, T, head_dim/2)
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, heads, T, head_dim)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, kv_heads, T, head_dim)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, kv_heads, T, head_dim)
+        q, k, v = self.qkv(x)
+        q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                # (B, heads, T, head_dim)
+        k = k.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                # (B, kv_heads, T, head_dim)
+        v = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                # (B, kv_heads, T, head_dim)
         if self.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
-        return self.o_proj(self.attend(q, k, v, cache))                         # (B, T, d)
-
-    def attend(self, q, k, v, cache):                       # -> (B, T, heads · head_dim)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             y = cache.attend(self.layer, q, k, v)
-        return y.transpose(1, 2).flatten(2)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                        # (B, T, d)
+
+    def qkv(self, x):                                       # plumbing/fast.py makes one product of them
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class MLP(nn.Module):
@@ -137,7 +136,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):                                                       # (B, T, d) -> (B, T, d)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up(x)
+        return self.down_proj(F.silu(gate) * up)
+
+    def gate_up(self, x):                                   # plumbing/fast.py makes one product of them
+        return self.gate_proj(x), self.up_proj(x)
 
 
 class Block(nn.Module):
@@ -156,12 +159,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder-only transformer. Calling it gives hidden states; `logits` turns these into logits.
-
-    A new one has random weights. plumbing/checkpoint.py loads those of a folder. It also sets `fingerprint`,
-    a hash of the first row of every weight, by which adapters know their base; and, where the folder has a
-    vocabulary, `tokenizer` and `template` (the chat format).
-    """
+    """A decoder-only transformer. Calling it gives hidden states; `logits` turns these into logits. A new one
+    has random weights. plumbing/checkpoint.py loads those of a folder, and sets `fingerprint` (a hash by
+    which adapters know their base) and, with a vocabulary, `tokenizer` and `template` (the chat format)."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,101 +1,85 @@
 """
-The same numbers as model.py, sooner on a CPU: fewer and larger operations.
+The same numbers as model.py, sooner on a CPU: projections that read the same input are one product, and
+products are by oneDNN.
 
 checkpoint.load_llama calls `speed_up`. plumbing/shared.py makes one forward pass for two models.
 
-Shapes: B sequences, T tokens each, d_in and d_out the sizes of a projection, r = LoRA rank.
+Shapes: d_in and d_out the sizes of a projection, r = LoRA rank.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from model import MLP, Attention
 from mrm import LoRALinear
-from model import Block, rotate
-
-# Projections that read the same input: one product computes them side by side.
-JOINED = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 
 
 def speed_up(llama):
-    """Make the layers and the unembedding of a Llama fast ones. The weights stay as they are."""
-    for block in llama.model.layers:
-        block.__class__ = FastBlock             # the same modules, another forward
-    llama.lm_head.__class__ = FastLinear
+    """Make each Linear, Attention and MLP of a Llama a fast one, around the same weights."""
+    fast = {nn.Linear: FastLinear, Attention: FastAttention, MLP: FastMLP}
+    for module in llama.modules():
+        if type(module) in fast:
+            module.__class__ = fast[type(module)]           # the same object, with methods of its subclass
     return llama
 
 
-class FastBlock(Block):
-    """A layer as in model.py, in fewer operations: projections of the same input are one product, queries and
-    keys are rotated together. Where there are gradients, it is the plain layer."""
-    lora = {}                               # of a SharedPass: the JointLoRA of each of JOINED that has one
-
-    def forward(self, x, cos, sin, cache):                                      # (B, T, d), as in Block
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, cos, sin, cache)
-        attention = self.self_attn
-        heads = attention.heads, attention.kv_heads
-        y = self.project(attention, JOINED[0], norm(self.input_layernorm, x))
-        y = y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)   # (B, heads + 2 kv_heads, T, head_dim)
-        qk, v = y.split((sum(heads), attention.kv_heads), dim=1)
-        if attention.qk_norm:
-            q, k = qk.split(heads, dim=1)
-            qk = torch.cat((attention.q_norm(q), attention.k_norm(k)), dim=1)
-        q, k = rotate(qk, cos, sin).split(heads, dim=1)
-        x = x + self.project(attention, JOINED[1], attention.attend(q, k, v, cache))
-        y = self.project(self.mlp, JOINED[2], norm(self.post_attention_layernorm, x))
-        gate, up = y.chunk(2, dim=-1)                                       # (B, T, intermediate_size) each
-        return x + self.project(self.mlp, JOINED[3], F.silu(gate).mul_(up))
-
-    def project(self, part, names, x):
-        """These projections of x, with LoRA, side by side: (B, T, d_in) -> (B, T, sum of their d_out)."""
-        linears = [getattr(part, name) for name in names]
-        bases = [base(linear) for linear in linears]
-        y = multiply(x, bases)
-        if names in self.lora:
-            return self.lora[names].add_to(y, x)
-        for linear, own in zip(linears, y.split([len(b.weight) for b in bases], dim=-1)):
-            if isinstance(linear, LoRALinear):
-                own += linear.scale * F.linear(F.linear(x, linear.lora_A), linear.lora_B)
-        return y
+class FastLinear(nn.Linear):
+    def forward(self, x):                                                       # (..., d_in) -> (..., d_out)
+        return super().forward(x) if differentiable(x) else product(x, [self])
 
 
-def base(linear):
-    """A projection without LoRA."""
+class FastAttention(Attention):
+    lora = None                                         # in a SharedPass: the JointLoRA of these projections
+
+    def qkv(self, x):
+        return side_by_side(x, [self.q_proj, self.k_proj, self.v_proj], self.lora)
+
+
+class FastMLP(MLP):
+    lora = None                                         # in a SharedPass: the JointLoRA of these projections
+
+    def gate_up(self, x):
+        return side_by_side(x, [self.gate_proj, self.up_proj], self.lora)
+
+
+def side_by_side(x, linears, lora=None):
+    """Projections of the same x by one product, each by a Linear or a LoRALinear: (..., d_in) -> (..., d_out)
+    of each. lora: a JointLoRA, which takes the place of their own."""
+    if differentiable(x):
+        return [linear(x) for linear in linears]
+    bases = [without_lora(linear) for linear in linears]
+    y = product(x, bases)
+    if lora is not None:
+        lora.add_to(y, x)
+    parts = y.split([linear.out_features for linear in bases], dim=-1)
+    for linear, part in zip(linears, parts):
+        if isinstance(linear, LoRALinear) and lora is None:
+            part += linear.scale * F.linear(F.linear(x, linear.lora_A), linear.lora_B)
+    return parts
+
+
+def without_lora(linear):
     return linear.linear if isinstance(linear, LoRALinear) else linear
 
 
-def norm(rms_norm, x):
-    """RMSNorm in one operation, where it needs no other type inside."""
-    if x.dtype in (torch.float32, torch.float64):
-        return F.rms_norm(x, x.shape[-1:], rms_norm.weight, rms_norm.eps)
-    return rms_norm(x)
+def differentiable(x):
+    """Whether this is training: then the products are those of model.py."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
 
 
-class FastLinear(nn.Linear):
-    """nn.Linear by `multiply`."""
+def product(x, linears):
+    """x Wᵀ + b of some Linear, side by side: (..., d_in) -> (..., sum of d_out).
 
-    def forward(self, x):                                                       # (..., d_in)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        return multiply(x, [self])                                              # (..., d_out)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# products
-
-def multiply(x, linears):
-    """x Wᵀ + b of some nn.Linear of the same input, side by side: (..., d_in) -> (..., sum of d_out).
-
-    On a CPU, oneDNN multiplies by a packed copy of all W together. With few rows a product costs what reading
-    W costs, and a packed W is read faster. Processors with AMX read a W as it is just as fast if there is one
-    row (docs/speed.md has both measured), so there it is not packed for that."""
+    On a CPU, oneDNN multiplies by a packed copy of all W. With few rows a product costs what reading W costs,
+    and a packed W is read faster. Where a processor has AMX, one row by W as it is costs no more
+    (docs/speed.md has the figures), so there it is not packed for that."""
     weights = [linear.weight for linear in linears]
     one_row = x.numel() == x.shape[-1]
     if (x.device.type != "cpu" or not packable(x.dtype) or one_row and torch.cpu._is_amx_tile_supported()
             or weights[0].is_inference()):                                  # whose changes are not counted
         products = [F.linear(x, linear.weight, linear.bias) for linear in linears]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        return torch.cat(products, dim=-1)
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     return torch.ops.mkldnn._linear_pointwise(x, packed(weights), bias, "none", [], "")
 

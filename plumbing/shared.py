@@ -8,8 +8,8 @@ Shapes: T tokens, d_in and d_out the sizes of a projection, K = ranks of all LoR
 
 import torch
 
-from mrm import LoRALinear, part_of, shallow_copy
-from plumbing.fast import JOINED, FastBlock, base
+from mrm import LoRALinear, shallow_copy
+from plumbing.fast import speed_up, without_lora
 
 
 def share_pass(policy, reward_model):
@@ -31,16 +31,25 @@ class SharedPass:
 
     def __init__(self, llamas):
         self.llamas = llamas
-        self.llama = shallow_copy(llamas[0])
+        self.llama = speed_up(shallow_copy(llamas[0]))
         self.device = self.llama.device
         self.readers = Readers()
         for block, *blocks in zip(self.llama.model.layers, *(llama.model.layers for llama in llamas)):
-            block.__class__ = FastBlock
-            block.lora = {}
-            for names in JOINED:
-                linears = [[getattr(part_of(b, name), name) for name in names] for b in blocks]
-                if any(isinstance(linear, LoRALinear) for own in linears for linear in own):
-                    block.lora[names] = JointLoRA(linears, self.readers)
+            attentions = [b.self_attn for b in blocks]
+            mlps = [b.mlp for b in blocks]
+            block.self_attn.lora = self.join(attentions, ["q_proj", "k_proj", "v_proj"])
+            block.mlp.lora = self.join(mlps, ["gate_proj", "up_proj"])
+            for part, parts, name in ((block.self_attn, attentions, "o_proj"),
+                                      (block.mlp, mlps, "down_proj")):
+                linear = without_lora(getattr(part, name))
+                setattr(part, name, SharedLinear(linear, self.join(parts, [name])))
+
+    def join(self, parts, names):
+        """The JointLoRA of projections that read the same input, in the same part of each Llama; None where
+        no Llama has LoRA there."""
+        linears = [[getattr(part, name) for name in names] for part in parts]
+        if any(isinstance(linear, LoRALinear) for own in linears for linear in own):
+            return JointLoRA(linears, self.readers)
 
     def __call__(self, tokens, positions, cache):
         """As Llama's forward, with B = 1. cache: a trie_cache.Pass, whose tries say whose the tokens are."""
@@ -65,12 +74,12 @@ class Readers:
 
 
 class JointLoRA:
-    """y + (mask ⊙ x A) B, where A and B hold the LoRA of all Llamas for all projections that read x."""
+    """(mask ⊙ x A) B, where A and B hold the LoRA of all Llamas for projections that read the same x."""
 
     @torch.no_grad()
     def __init__(self, linears, readers):           # linears[i]: these projections in Llama i
         self.readers = readers
-        sizes = [len(base(linear).weight) for linear in linears[0]]
+        sizes = [without_lora(linear).out_features for linear in linears[0]]
         A, B, owner = [], [], []
         for i, own in enumerate(linears):
             for j, linear in enumerate(own):
@@ -84,6 +93,22 @@ class JointLoRA:
         self.B = torch.cat(B)                                                                   # (K, d_out)
         self.owner = tuple(owner)
 
-    def add_to(self, y, x):                                     # (1, T, d_out), (1, T, d_in) -> (1, T, d_out)
+    def add_to(self, y, x):
+        """In place, to the projections y of x: (1, T, d_out), (1, T, d_in)."""
         low = torch.mm(x[0], self.A) * self.readers.mask(self.owner, x.dtype)                   # (T, K)
-        return y[0].addmm_(low, self.B)[None]
+        y[0].addmm_(low, self.B)
+
+
+class SharedLinear(torch.nn.Module):
+    """A projection without LoRA, and the JointLoRA that is added to it (or None)."""
+
+    def __init__(self, linear, lora):
+        super().__init__()
+        self.linear = linear
+        self.lora = lora
+
+    def forward(self, x):                                               # (1, T, d_in) -> (1, T, d_out)
+        y = self.linear(x)
+        if self.lora is not None:
+            self.lora.add_to(y, x)
+        return y
