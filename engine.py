@@ -85,7 +85,7 @@ class Search:
 def search_with(*kinds, temperature=1.0):
     """Decorator: make a search of a generator of its steps. kinds: which reward models it takes, of "guard",
     "mrm" and None. temperature: the search's default. The search takes a prompt, or a list of prompts, which
-    go on in lockstep. Each has tries of its own: but for rounding and seconds, each goes as if alone."""
+    go on in lockstep. Each has tries of its own: but for rounding, time and errors, each goes as if alone."""
     def decorate(steps):
         @functools.wraps(steps)
         @torch.no_grad()
@@ -124,7 +124,7 @@ def lockstep(policy, reward_model, searches, watch=None):
             for reader in search.readers:
                 reader.ask(ask.policy if reader.gives == "policy_hidden" else ask.reward, ask.keep)
         under_way = [search for search in under_way if search.result is None]
-        # 2. The models read it, each in a pass of its own, or in one where plumbing/shared.py has joined them.
+        # 2. The models read it, each in a pass of its own, or in one where plumbing/shared.py joins them.
         tries = [reader.trie for search in under_way for reader in search.readers if reader.trie]
         if shared and policy in shared.llamas:
             compute(shared, tries)

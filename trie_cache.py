@@ -7,8 +7,7 @@ are shared: here each distinct prefix is computed once and stored once, without 
 the manner of SpecInfer (Miao et al. 2023, arXiv 2305.09781):
 
     a node   = the last token of a prefix; the path from the root to it spells the prefix
-    a slot   = a node's place in the arena, the preallocated tensor of keys and values of all layers; a branch
-               that is dropped gives its slots back
+    a slot   = a node's place in the arena, the tensor of keys and values; dropped branches give theirs back
     position = how many tokens stand before it on the path: its depth - 1
     a mask lets each token look at the slots on its own path only, so slots may lie in any order
 """
@@ -38,10 +37,10 @@ class TrieCache:
         trie = TrieCache(model)
         hidden = trie(sequences)    # list of token lists -> (n, d): the final hidden state of each last token
 
-    A search goes on from where it was. It holds nodes in place of sequences, so it walks no path again:
+    A search goes on from where it was. It holds nodes in place of sequences, so no token is looked up again:
 
         node = trie.insert(trie.root, prompt)       # new nodes wait for the next forward pass
-        compute(model, [trie])                      # one pass over all that waits, in one trie or several
+        compute(model, [trie])                      # reads all that waits, in one trie or several
         hidden = trie.hidden_at([node])             # (1, d)
         child = trie.insert(node, [token])
         trie.prune([child])                         # forget all but the paths to these nodes
@@ -63,7 +62,7 @@ class TrieCache:
         self.hidden = self.arena.new_zeros(capacity, config.hidden_size)     # (slots, d), after the last norm
 
     def __call__(self, sequences):
-        """Final hidden states of the last tokens of n token lists: (n, d), in one pass over what is new."""
+        """Final hidden states of the last tokens of n token lists: (n, d). Only what is new is read."""
         assert all(sequences), "a sequence has no token, so there is nothing to read"
         nodes = [self.insert(self.root, sequence) for sequence in sequences]
         compute(self.model, [self])
@@ -90,8 +89,8 @@ class TrieCache:
         return self.hidden[[node.slot for node in nodes]]
 
     def mask(self, nodes):
-        """Which slots n waiting nodes look at, parents first: (n, S), for the first S slots 0 or −∞. Each
-        looks at the slots on its path: those of its parent's path, and its own."""
+        """Which of the first S slots n waiting nodes, parents first, look at: (n, S), 0 or −∞. Those are the
+        slots on a node's path: its parent's, which `paths` may know, and its own."""
         rows = np.zeros((len(nodes), self.used), dtype=bool)
         for row, node in zip(rows, nodes):
             above = node
@@ -105,9 +104,9 @@ class TrieCache:
         return torch.zeros_like(blocked, dtype=self.hidden.dtype).masked_fill_(blocked, -torch.inf)
 
     def attend(self, layer, q, k, v, slots, mask):
-        """Attention of n waiting tokens in one layer: write their keys and values to their slots, then let
-        each look at its path. q: (1, heads, n, head_dim), k and v: (1, kv_heads, n, head_dim), slots: ints
-        (n,), mask: (n, S). Result: (1, heads, n, head_dim)."""
+        """Attention in one layer: n waiting tokens write keys and values to their slots and look at their
+        paths. q: (1, heads, n, head_dim), k and v: (1, kv_heads, n, head_dim), slots: ints (n,), mask: (n, S)
+        to add. Result: (1, heads, n, head_dim)."""
         arena = self.arena[layer]                                             # (2, kv_heads, slots, head_dim)
         arena[:, :, slots] = torch.cat((k, v))                                   # (2, kv_heads, n, head_dim)
         keys, values = arena[:, None, :, :mask.shape[1]]                     # (1, kv_heads, S, head_dim) each
@@ -120,14 +119,15 @@ class TrieCache:
         slot = self.used
         self.used += 1
         if self.used > len(self.hidden):
-            self.arena = torch.cat((self.arena, torch.zeros_like(self.arena)), dim=3)
-            self.hidden = torch.cat((self.hidden, torch.zeros_like(self.hidden)), dim=0)
+            self.arena = F.pad(self.arena, (0, 0, 0, slot))         # slot: as many as there were
+            self.hidden = F.pad(self.hidden, (0, 0, 0, slot))
         return slot
 
     def prune(self, nodes):
         """Forget every node that is neither one of these nor an ancestor of one, and give its slot back.
         Whoever still holds a forgotten node sees that its slot is None. No node may be waiting."""
         assert not self.waiting, "compute first: a forgotten node must not be computed into a slot of another"
+        assert all(node is self.root or node.slot is not None for node in nodes), "this node was forgotten"
         # 1. mark what is wanted: these nodes and all above them
         wanted = {self.root}
         for node in nodes:
@@ -150,8 +150,8 @@ class TrieCache:
 
 
 class Pass:
-    """A forward pass over the waiting tokens of several tries, one trie's after another's. It is the `cache`
-    that Llama.forward hands each layer's queries, keys and values to; each token looks at its own trie."""
+    """A forward pass over waiting tokens of several tries, one trie's after another's. It is the `cache` that
+    Llama.forward hands each layer's queries, keys and values to; each token looks at its own trie."""
 
     def __init__(self, tries, device):
         self.tries = tries
@@ -173,13 +173,13 @@ def compute(model, tries):
     """Read all that waits in these tries, in one forward pass where that is at most PIECE tokens of each.
     model: the Llama of all, or what is called like one and reads for several (plumbing/shared.py)."""
     while tries := [trie for trie in tries if trie.waiting]:
-        this = Pass(tries, model.device)
-        nodes = [node for nodes in this.nodes for node in nodes]
+        reading = Pass(tries, model.device)
+        nodes = [node for piece in reading.nodes for node in piece]
         tokens = torch.tensor([[node.token for node in nodes]], device=model.device)            # (1, n)
         positions = torch.tensor([[node.depth - 1 for node in nodes]], device=model.device)     # (1, n)
-        hidden = model(tokens, positions, this)[0]                                              # (n, d)
-        for trie, nodes, slots, h in zip(tries, this.nodes, this.slots, hidden.split(this.sizes)):
+        hidden = model(tokens, positions, reading)[0].split(reading.sizes)              # of each trie: (n, d)
+        for trie, piece, slots, h in zip(tries, reading.nodes, reading.slots, hidden):
             trie.hidden[slots] = h
-            trie.computed += len(nodes)
-            trie.attended += sum(node.depth for node in nodes)
-            trie.waiting = trie.waiting[len(nodes):]
+            trie.computed += len(piece)
+            trie.attended += sum(node.depth for node in piece)
+            trie.waiting = trie.waiting[len(piece):]

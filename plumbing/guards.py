@@ -29,7 +29,7 @@ def guard_for(policy, guard):
     if not isinstance(guard, Guard):
         return guard
     ours = policy.vocabulary
-    theirs = guard.llama.vocabulary             # None: a model without a tokenizer cannot be bridged
+    theirs = guard.llama.vocabulary             # "": a model without a tokenizer cannot be bridged
     return Bridge(policy, guard) if ours and theirs and ours != theirs else guard
 
 

@@ -13,8 +13,8 @@ from plumbing.fast import speed_up, without_lora
 
 
 def share_pass(policy, reward_model):
-    """The reward model, whose searches read for both models in one pass if they differ in LoRA only: one is
-    an `add_lora` of the other, or both of a third."""
+    """The same reward model. If its Llama and the policy differ in LoRA only, it now has a `shared_pass`, by
+    which searches read for both at once. That copies the LoRA: share again after it was trained."""
     llama = getattr(reward_model, "llama", None)
     if llama is not None and llama is not policy and same_base(policy, llama):
         reward_model.shared_pass = SharedPass([policy, llama])
@@ -22,12 +22,17 @@ def share_pass(policy, reward_model):
 
 
 def same_base(a, b):
-    return a.model.embed_tokens.weight is b.model.embed_tokens.weight
+    """Whether two Llamas have the very same weights, LoRA aside."""
+    return base_weights(a) == base_weights(b)
+
+
+def base_weights(llama):
+    return {id(p) for name, p in llama.named_parameters() if "lora_" not in name}
 
 
 class SharedPass:
-    """Llamas that differ in LoRA only, as one: a pass reads the base weights once for the tokens of all. It
-    is a copy of them whose layers have the LoRA of all."""
+    """Several Llamas that differ in LoRA only. A pass reads the base weights once, for the tokens of all. It
+    is by a copy of them whose layers have the LoRA of all."""
 
     def __init__(self, llamas):
         self.llamas = llamas
@@ -41,8 +46,8 @@ class SharedPass:
             block.mlp.lora = self.join(mlps, ["gate_proj", "up_proj"])
             for part, parts, name in ((block.self_attn, attentions, "o_proj"),
                                       (block.mlp, mlps, "down_proj")):
-                linear = without_lora(getattr(part, name))
-                setattr(part, name, SharedLinear(linear, self.join(parts, [name])))
+                setattr(part, name, without_lora(getattr(part, name)))
+                getattr(part, name).lora = self.join(parts, [name])
 
     def join(self, parts, names):
         """The JointLoRA of projections that read the same input, in the same part of each Llama; None where
@@ -53,6 +58,7 @@ class SharedPass:
 
     def __call__(self, tokens, positions, cache):
         """As Llama's forward, with B = 1. cache: a trie_cache.Pass, whose tries say whose the tokens are."""
+        assert not torch.is_autocast_enabled(self.device.type), "a search computes in its models' own type"
         reader = torch.tensor([self.llamas.index(trie.model) for trie in cache.tries])
         self.readers.begin(reader.repeat_interleave(torch.tensor(cache.sizes)).to(self.device))
         return self.llama(tokens, positions, cache)
@@ -74,7 +80,7 @@ class Readers:
 
 
 class JointLoRA:
-    """(mask ⊙ x A) B, where A and B hold the LoRA of all Llamas for projections that read the same x."""
+    """(mask ⊙ (x A)) B, where A and B hold the LoRA of all Llamas for projections that read the same x."""
 
     @torch.no_grad()
     def __init__(self, linears, readers):           # linears[i]: these projections in Llama i
@@ -97,18 +103,3 @@ class JointLoRA:
         """In place, to the projections y of x: (1, T, d_out), (1, T, d_in)."""
         low = torch.mm(x[0], self.A) * self.readers.mask(self.owner, x.dtype)                   # (T, K)
         y[0].addmm_(low, self.B)
-
-
-class SharedLinear(torch.nn.Module):
-    """A projection without LoRA, and the JointLoRA that is added to it (or None)."""
-
-    def __init__(self, linear, lora):
-        super().__init__()
-        self.linear = linear
-        self.lora = lora
-
-    def forward(self, x):                                               # (1, T, d_in) -> (1, T, d_out)
-        y = self.linear(x)
-        if self.lora is not None:
-            self.lora.add_to(y, x)
-        return y

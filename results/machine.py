@@ -1,5 +1,5 @@
 """
-What a machine allows: for bench.py and beside_transformers.py.
+The machine that bench.py and beside_transformers.py measure on.
 """
 
 import platform
@@ -7,10 +7,12 @@ import time
 
 import torch
 
+from plumbing.fast import AMX
+
 
 def describe_machine():
     """System, threads, the processor's kind and torch's version, as text."""
-    kind = torch.backends.cpu.get_cpu_capability() + (", AMX" if torch.cpu._is_amx_tile_supported() else "")
+    kind = torch.backends.cpu.get_cpu_capability() + (", AMX" if AMX else "")
     return (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {kind}, "
             f"torch {torch.__version__}")
 

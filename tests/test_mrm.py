@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plumbing.errors import BadInput
 from plumbing.tokenizer import Prompt, Template
-from mrm import MRM, add_lora, Guard, LoRALinear, partial_supervision_loss, trained_tensors
+from model import Llama
+from mrm import MRM, PROJECTIONS, add_lora, Guard, LoRALinear, partial_supervision_loss, trained_tensors
 from plumbing.adapters import check_lora, load_adapter, save_adapter
 from plumbing.released import load_released_mrm
+from plumbing.fast import speed_up
 from plumbing.shared import SharedPass
 from trie_cache import TrieCache, compute
 
@@ -154,6 +157,30 @@ def test_one_pass_of_a_backbone_reads_for_all(tiny_guard, new_mrm, new_guard):
     for trie, node, sequence in zip(tries, nodes, sequences):
         expected = trie.model(torch.tensor([sequence]))[:, -1]
         torch.testing.assert_close(trie.hidden_at([node]), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("targets", [["k_proj"], ["v_proj", "up_proj"], ["gate_proj", "o_proj"], PROJECTIONS])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5),
+                                              (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("kind", [{}, {"qkv_bias": True}, {"qk_norm": True}])
+def test_joined_and_packed_products_change_nothing(tiny_guard, targets, dtype, tolerance, kind):
+    """Policy and MRM, both with LoRA, in one pass and each alone, against the plain layers of model.py, which
+    gradients ask for: with a bias on q, k, v (Qwen2), and with norms of q and k (Qwen3)."""
+    torch.manual_seed(0)
+    base = speed_up(Llama(replace(tiny_guard.config, **kind)).to(dtype))
+    llamas = [add_lora(base, 3, 6, ["v_proj"]), add_lora(base, 2, 5, targets, first_layer=1)]
+    for name, p in [pair for llama in llamas for pair in llama.named_parameters()]:
+        if "lora_B" in name or name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.1)
+    for shared in (SharedPass(llamas), None):
+        tries = [TrieCache(llama) for llama in llamas]
+        sequences = [[5, 6, 7], [1, 2]]
+        nodes = [trie.insert(trie.root, sequence) for trie, sequence in zip(tries, sequences)]
+        for trie in tries:
+            compute(shared or trie.model, tries if shared else [trie])
+        for trie, node, sequence in zip(tries, nodes, sequences):
+            plain = trie.model(torch.tensor([sequence]))[0, -1:].detach()
+            torch.testing.assert_close(trie.hidden_at([node]), plain, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.exercise(6, points=2)

@@ -163,7 +163,7 @@ def test_the_lowest_free_slot_is_taken_first(tiny_guard):
 
 def attended(trie, q, k, v, slots, sees):
     """trie.attend for tokens at these slots, of which each sees those slots."""
-    mask = torch.full((len(slots), trie.used), -torch.inf, dtype=q.dtype)
+    mask = torch.full((len(slots), 1 + max(map(max, sees))), -torch.inf, dtype=q.dtype)
     for row, visible in zip(mask, sees):
         row[visible] = 0
     return trie.attend(0, q[None], k[None], v[None], torch.tensor(slots), mask)[0]
@@ -182,7 +182,7 @@ def qkv(tiny_guard):
 def test_a_token_that_sees_one_slot_gets_its_value(tiny_guard, qkv):
     """Each head that of its group: of 6 heads, the first three share keys and values, and the last three."""
     trie, (q, k, v) = TrieCache(tiny_guard), qkv
-    trie.used = 3
+    trie.used = 5                                           # of these, the first three are looked at
     out = attended(trie, q, k, v, [2, 0], [[2], [0]])
     assert out.shape == q.shape
     for head in range(len(q)):
