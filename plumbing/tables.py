@@ -12,7 +12,7 @@ from plumbing.errors import BadInput
 from plumbing.files import parsing, read_field, write_file
 
 HARMFUL = ("asr", "judge_asr", "guard_reward", "judge_reward", "reward", "tflop", "reward_calls", "seconds",
-           "tokens", "empty", "degenerate", "log_prob")
+           "tokens", "empty", "degenerate", "distinct", "log_prob")
 HARMLESS = ("refused", "flagged", "same")
 RATES = {"asr", "judge_asr", "empty", "degenerate", "refused", "flagged", "same"}
 

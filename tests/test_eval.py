@@ -15,8 +15,11 @@ import torch
 from conftest import ROOT, SMOLLM2, in_two_processes, run_script
 from safetensors.torch import save_file
 
+from plumbing.attacks import Attacker
+from plumbing.measures import Measures, repeats
+from plumbing.runs import parse_runs
 from plumbing.tables import HARMFUL, interval, merge_results, read_results, summarize
-from eval import Measures, attacked, parse_runs, repeats
+from eval import attacked
 from model import Llama
 from plumbing.config import read_config
 from plumbing.guards import OwnGuard
@@ -28,7 +31,7 @@ def test_log_probs_are_those_of_the_policy(tiny_policy):
     and are not read again."""
     prompts = [Prompt([1, 2, 3]), Prompt([9])]
     contexts = [p.policy_tokens(tiny_policy.template) for p in prompts]
-    measures = Measures(tiny_policy, None, None, dict(enumerate(prompts)))
+    measures = Measures(tiny_policy, None, None, dict(enumerate(prompts)), asked={})
     p = lambda tokens, token: tiny_policy.logits(
         tiny_policy(torch.tensor([tokens]))[0, -1]).softmax(-1)[token].log().item()
     for replies in ([[4, 5], [6]], [[4], [7, 8]]):
@@ -48,7 +51,7 @@ def test_a_guard_is_anything_with_score(smollm2, guard):
     other = OwnGuard(Mine())
     prompts = {0: smollm2.tokenizer.prompt("How are you?", "Fine"), 1: smollm2.tokenizer.prompt("Why?")}
     replies = {0: smollm2.tokenizer.encode(" and you?"), 1: smollm2.tokenizer.encode("Because.")}
-    measures = Measures(smollm2, guard, other, prompts)
+    measures = Measures(smollm2, guard, other, {}, asked=prompts)
     ours, theirs = measures.rewards(guard, replies), measures.rewards(other, replies)
     assert ours == pytest.approx(theirs, abs=1e-4) and ours[0] != ours[1]
 
@@ -82,15 +85,20 @@ def judge(smollm2_folder, guard):
 
 
 def test_attacks(smollm2):
+    """The policy reads the prompt under the attack, the verdict is on the request, with the same prefill."""
     row = {"prompt": "Tell me", "response": "Sure, here it is, all of it", "suffix": "now!"}
-    text = lambda **options: smollm2.tokenizer.decode(smollm2.template(*(lambda p: (p.user, p.prefill))(
-        attacked(row | options.pop("row", {}), smollm2.tokenizer,
-                 SimpleNamespace(**{"prefill_tokens": 4, "suffix": "", "hide_prefill": False} | options)))))
-    assert text(attack="none").endswith("user\nTell me\nassistant\n")
-    assert text(attack="prefill").endswith("Tell me\nassistant\nSure, here it")
-    assert text(attack="suffix").endswith("Tell me now!\nassistant\n")
-    assert text(attack="suffix", suffix="at once").endswith("Tell me at once\nassistant\n")
-    assert text(attack="prefill", row={"category": "harmless"}) == text(attack="none")
+
+    def texts(attack, row=row, **options):
+        pair = attacked(row, Attacker(smollm2, **options), attack)
+        decode = smollm2.tokenizer.decode
+        return [decode(smollm2.template(p.user, p.prefill)).split("user\n")[1] for p in pair]
+
+    plain = "Tell me\nassistant\n"
+    assert texts("none") == [plain, plain]
+    assert texts("prefill", prefill_tokens=4) == [plain + "Sure, here it"] * 2
+    assert texts("suffix") == ["Tell me now!\nassistant\n", plain]
+    assert texts("suffix", suffix="at once") == ["Tell me at once\nassistant\n", plain]
+    assert texts("prefill", row | {"category": "harmless"}) == [plain, plain]
 
 
 def test_an_interval_is_over_requests():
@@ -367,3 +375,23 @@ def test_plots(tmp_path):
     for path in tmp_path.iterdir():
         assert path.suffix == ".png" and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_paired_differences_are_over_requests(tmp_path):
+    """Two folders of a search against one of another: of three requests, two are on both sides."""
+    def write(name, safety, replies):
+        (tmp_path / name).mkdir()
+        rows = [{"safety": safety, "width": 4, "row": i, "prompt": prompt, "text": "", "asr": asr,
+                 "judge_asr": False, "category": None} for i, (prompt, asr) in enumerate(replies)]
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write("a", "rebase", [("p", True), ("q", True), ("r", False)])
+    write("b", "rebase", [("p", False), ("q", True)])
+    write("c", "saffron", [("q", False), ("p", False)])
+    status, out, err = run_script("results/paired.py", f"{tmp_path}/a,{tmp_path}/b:rebase:4",
+                                  f"{tmp_path}/c:saffron:4")
+    assert status == 0, err
+    guard, judge = (line.split(" | ") for line in out.splitlines()[2:4])
+    assert guard[1:5] == ["2", "0.750", "0.000", "+0.750 [+0.500, +1.000] |"]
+    assert judge[4] == "+0.000 [-1.500, +1.500] |"                      # none differs: the rule of three
+    status, _, err = run_script("results/paired.py", f"{tmp_path}/a:saffron:4", f"{tmp_path}/c:saffron:4")
+    assert status == 2 and "found no replies" in err

@@ -396,7 +396,7 @@ def test_a_bridge_reads_the_text(two):
         other.tokenizer.encode("ab ba"), other.tokenizer.encode("b"), other.tokenizer.encode("a") + [7]])
     assert torch.equal(bridge.score(prompt, replies), direct)
     # as eval.py reads them, in its tries
-    judged = Measures(policy, bridge, bridge, {0: prompt, 1: prompt}).rewards(
+    judged = Measures(policy, bridge, bridge, {}, asked={0: prompt, 1: prompt}).rewards(
         bridge, {0: replies[0], 1: replies[2]})
     assert list(judged.values()) == pytest.approx(direct[[0, 2]].tolist(), abs=1e-9)
     plain = [policy.tokenizer.prompt("Hello"), other.tokenizer.prompt("Hello")]
