@@ -6,6 +6,7 @@ likes itself. So the guard gives rewards to these too, and the MRM learns from t
 DAgger (Ross et al. 2011, arXiv 1011.0686). data/safety_rewards/prepare.py does it with --search_batches.
 """
 
+import itertools
 import random
 
 from engine import Options
@@ -16,7 +17,7 @@ FIRST_TURNS = 2000              # of HH-RLHF, at most
 MIXTURE = ["harmful", "dialogue", "harmful", "ordinary", "harmful",         # of ten requests, in turn
            "dialogue", "harmful", "ordinary", "dialogue", "harmful"]
 WIDTHS = (1, 4, 16)
-BETAS = (0.0, 0.0, 0.0, 0.0, 0.05, 0.1)
+BETAS = (0.0, 0.0, 0.0, 0.0, 0.05, 0.1)         # a third above 0
 MOST_PREFILL = 16               # tokens
 LONG_ENOUGH = 4                 # tokens of a dropped branch, where there is one of so many
 OPENINGS = ["Sure, here is", "Of course, I can tell you that. First,", "Yes, you can do it like this:",
@@ -51,15 +52,20 @@ def requests_of(batch, size, kinds):
     return chosen
 
 
+def settings(batch, seed):
+    """(width, beta, whether the prefill is hidden) of a batch. 36 batches in a row have all combinations."""
+    combinations = list(itertools.product(WIDTHS, BETAS, (False, True)))
+    random.Random(seed).shuffle(combinations)
+    return combinations[batch % len(combinations)]
+
+
 def search_batch(policy, mrm, requests, batch, sources, max_prompt, max_reply, seed):
     """Rows of what a search for a few requests, side by side, has visited: of each request up to three
     replies. Seed and batch decide its width, its beta, the prefills, and whether the MRM reads these.
     requests: (request, opening of a reply or None, held out). sources: of rows with beta 0, and above 0."""
     # 1. The search.
+    width, beta, hidden = settings(batch, seed)
     pick = random.Random(f"search {seed} {batch}")
-    width = pick.choice(WIDTHS)
-    beta = pick.choice(BETAS)
-    hidden = pick.random() < 0.5
     prompts = []
     for request, opening, _ in requests:
         opening = pick.choice(OPENINGS) if opening is None else opening
