@@ -99,8 +99,8 @@ def test_rows_are_what_the_search_has_visited(models, monkeypatch):
     search = search_states.saffron
     monkeypatch.setattr(search_states, "saffron", recorded)
     drawn = set()
-    for batch in range(8):
-        rows = search_states.search_batch(policy, mrm, REQUESTS, batch, (6, 7), 9, 20, seed=0)
+    for batch in (0, 1, 4, 6):
+        rows = search_states.search_batch(policy, mrm, REQUESTS, batch, (6, 7), 9, 12, seed=0)
         prompts, options, results = searches[-1]
         drawn.add((options.width, options.beta > 0, prompts[0].hide_prefill))
         assert {row["source"] for row in rows} == {7 if options.beta else 6}
@@ -114,13 +114,22 @@ def test_rows_are_what_the_search_has_visited(models, monkeypatch):
                        for text in openings)
             before = [] if prompt.hide_prefill else prompt.prefill
             last, *others = [row["reply"] for row in mine]
-            assert last == (before + result.tokens)[:20]
-            visited = [(before + branch.tokens)[:20] for frontier in result.trace for branch in frontier]
+            assert last == (before + result.tokens)[:12]
+            visited = [(before + branch.tokens)[:12] for frontier in result.trace for branch in frontier]
             assert all(reply in visited for reply in others)
             assert len({tuple(row["reply"]) for row in mine}) == len(mine) <= (3 if options.width > 1 else 1)
-        assert rows == search_states.search_batch(policy, mrm, REQUESTS, batch, (6, 7), 9, 20, seed=0)
+    assert rows == search_states.search_batch(policy, mrm, REQUESTS, batch, (6, 7), 9, 12, seed=0)
     assert {width for width, _, _ in drawn} == {1, 4, 16}
     assert {beta for _, beta, _ in drawn} == {hidden for _, _, hidden in drawn} == {False, True}
+
+
+def test_settings_of_batches():
+    """Each combination once in 36 batches; a third has beta above 0, half hides the prefill."""
+    drawn = [search_states.settings(batch, 5) for batch in range(36)]
+    assert drawn == [search_states.settings(batch, 5) for batch in range(36, 72)]
+    assert [[width for width, _, _ in drawn].count(width) for width in (1, 4, 16)] == [12] * 3
+    assert sum(beta > 0 for _, beta, _ in drawn) == 12 and sum(hidden for *_, hidden in drawn) == 18
+    assert len(set(drawn)) == 18                                        # beta 0 comes four times
 
 
 def test_dropped_branches_are_no_beginnings_of_the_last_frontier():

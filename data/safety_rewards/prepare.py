@@ -222,7 +222,7 @@ def search_replies(policy, mrm, kinds, batches, args):
     """What searches with the MRM visit, in the --search_batches of these numbers. kinds: as requests_of takes
     them."""
     rows = []
-    for batch in tqdm(batches, desc="searching", unit="batch", file=sys.stderr):
+    for batch in tqdm(batches, desc="searching", unit="batch", file=sys.stderr, disable=not batches):
         requests = requests_of(batch, PROMPTS_A_BATCH, kinds)
         rows += search_batch(policy, mrm, requests, batch, SEARCHES, args.max_prompt, args.max_reply,
                              args.seed)
