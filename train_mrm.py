@@ -141,7 +141,7 @@ def new_reward_model(args, llama, training):
         distinct = {id(e): e.reply for e in training}.values()      # --weights may repeat a reply
         unseen = unseen_tokens(distinct, llama.config, args.min_count)
         if args.init:
-            unseen &= model.unseen                                  # what --init has seen stays seen
+            unseen &= model.unseen.cpu()                            # what --init has seen stays seen
         else:
             model.gain.data.fill_(0.02)
             model.bias.data.fill_(float(np.mean(np.concatenate([e.targets for e in training]))))

@@ -245,14 +245,15 @@ def sibling_labels(policy, guard, row, most, generator, mrm=None):
     start = torch.randint(every, (), generator=generator).item()
     positions = range(start, len(reply), every)
     hidden = hidden_before(policy, policy.template(row["prompt"], before), reply, positions)
-    of_mrm = hidden_before(mrm.llama, mrm.template(row["prompt"]), reply, positions) if searched else hidden
+    if searched:
+        of_mrm = hidden_before(mrm.llama, mrm.template(row["prompt"]), reply, positions)
     p = next_logits(policy, hidden, length=0, min_new_tokens=0).softmax(-1)
-    for i, position in enumerate(positions):
-        tokens = nucleus(p[i], 0.8)
+    for n, position in enumerate(positions):
+        tokens = nucleus(p[n], 0.8)
         # 2. The siblings: places in the nucleus, the likeliest first.
         if searched:
             tokens = tokens[~mrm.unseen[tokens]]
-            m = mrm.child_rewards(of_mrm[i].expand(len(tokens), -1), tokens)
+            m = mrm.child_rewards(of_mrm[n].expand(len(tokens), -1), tokens)
             chosen = best_and_others(m, generator)
         else:
             others = torch.randperm(len(tokens) - 1, generator=generator)[:most - 1].sort().values.tolist()
@@ -415,12 +416,14 @@ def main():
     turns = [r["response"] for r in labels if r["source"] == "turned"]
     if args.refused_batches and not turns:
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
-    ordinary = ordinary_requests(policy, labels, args.synthetic, args.seed) if needs_ordinary else []
     kinds = {}
     if args.search_batches:
         # With --hh_replies all, the test split is held out.
         pairs = read_hh(args.local, "train" if args.hh_replies == "all" else "test")
-        kinds = {"harmful": list(requests), "dialogue": first_turns(pairs), "ordinary": list(ordinary)}
+        kinds = {"harmful": list(requests), "dialogue": first_turns(pairs)}
+    ordinary = ordinary_requests(policy, labels, args.synthetic, args.seed) if needs_ordinary else []
+    if args.search_batches:
+        kinds["ordinary"] = list(ordinary)
         for kind, of_kind in kinds.items():
             if not of_kind:
                 raise BadInput(f"--search_batches: found no {kind} requests")
