@@ -245,7 +245,7 @@ def test_several_corpora_are_read_as_one(corpora, base, tmp_path, monkeypatch):
     assert union.keys() == two.keys() and all(torch.equal(union[name], two[name]) for name in union)
 
 
-def test_corpora_of_two_guards_are_refused(corpora, labels, base, smollm2_folder, tmp_path, monkeypatch):
+def test_corpora_of_two_guards_are_refused(corpora, labels, base, tmp_path, monkeypatch):
     copy_shard(corpora / "two" / SHARD, tmp_path / SHARD, run={"seed": 0, "guard": "xyz"})
     both = ["--data", corpora / "one", tmp_path]
     with pytest.raises(BadInput, match="guard xyz, but here it must be abc"):
@@ -273,7 +273,7 @@ def test_training_starts_at_an_adapter(corpora, base, tmp_path, monkeypatch):
     seen = set((~second.pop("unseen")).nonzero().flatten().tolist())
     assert seen == {7, 91, 300, *range(20, 40)}
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
-    run(monkeypatch, *again, "--init", tmp_path / "init")                           # and it is trained further
+    run(monkeypatch, *again, "--init", tmp_path / "init")                       # and it is trained further
     trained = load_file(tmp_path / "second")
     assert not any(torch.equal(first[name], trained[name]) for name in second)
 
