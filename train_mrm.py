@@ -30,18 +30,16 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from data.corpus import collate, read_labels, read_rewards
+from data.corpus import collate
 from mrm import MRM, Guard, add_lora, partial_supervision_loss, sibling_loss, trained_tensors, unseen_tokens
-from plumbing.adapters import check_lora, guard_id, load_adapter, save_adapter
+from plumbing.adapters import check_lora, load_adapter, save_adapter
 from plumbing.checkpoint import load_llama
-from plumbing.errors import BadInput
 from plumbing.files import check_output
-from plumbing.guards import load_guard
+from plumbing.mixture import read_data, weights
 from plumbing.parallel import is_first, join_processes, log, run_beside_others
 from plumbing.parser import Parser, number
-from plumbing.resume import load_checkpoint, run_identity, save_checkpoint
+from plumbing.resume import load_checkpoint, load_to_train, run_identity, save_checkpoint
 from plumbing.validate import histogram, validate_guard, validate_mrm
-from plumbing.mixture import weigh, weights
 
 # Hyperparameters: each is an option, as in --rank 8. name: (default, its type and range, what it means)
 HYPERPARAMETERS = {
@@ -65,7 +63,6 @@ HYPERPARAMETERS = {
     "min_count": (1, number(1), "MRM: occurrences that make a token count as seen"),
     "siblings": (10, number(0, 1e6, float), "MRM: weight of the error among the siblings of a prefix, beside "
                  "that of the next tokens; 0: as in the paper")}
-WHOLE_REPLY = 256           # the guard is validated at the end of the reply, or after so many tokens
 SMOOTHING = 0.02            # of the guard's labels
 
 
@@ -130,39 +127,26 @@ def batches(examples, size, seed):
     return [result[i] for i in torch.randperm(len(result), generator=generator).tolist()]
 
 
-def load_data(args, llama):
-    """(training examples, held-out examples). Raises BadInput when there are none."""
-    if llama.tokenizer is None:
-        raise BadInput(f"{args.base} has no tokenizer.json; data/hub/prepare.py fetches all that is needed")
-    if not llama.config.eos_token_ids:
-        raise BadInput(f"{args.base} has no eos_token_id, which training needs")
-    if args.objective == "guard":
-        data = Path(args.data)
-        training = read_labels(data / "train.jsonl", llama, args.max_prompt, args.max_reply)
-        held_out = read_labels(data / "val.jsonl", llama, args.max_prompt, WHOLE_REPLY)
-    else:
-        guard = args.guard and guard_id(args.guard, load_guard(args.guard, llama))
-        training, held_out = read_rewards(args.data, llama, guard)
-    training = weigh(training, args.weights)
-    if not training or not held_out:
-        raise BadInput(f"{args.data}: expected replies to train on and to validate with, "
-                       f"found {len(training)} and {len(held_out)}")
-    return training, held_out
-
-
 def new_reward_model(args, llama, training):
-    """The untrained reward model: LoRA on `llama`. An MRM begins near the mean reward: with that as its bias,
-    and with a gain that scales logits down to rewards."""
+    """The reward model to train: that of --init, or new LoRA on `llama`. A new MRM begins near the mean
+    reward: with that as its bias, and with a gain that scales logits down to rewards."""
     torch.manual_seed(args.seed)
-    llama = add_lora(llama, args.rank, args.alpha, args.targets.split(","), args.first_layer)
-    if args.objective == "guard":
-        return Guard(llama, llama.tokenizer.template("reward"))
-    mrm = MRM(llama, llama.tokenizer.template("reward"))
-    mrm.gain.data.fill_(0.02)
-    mrm.bias.data.fill_(float(np.mean(np.concatenate([e.targets for e in training]))))
-    distinct = {id(e): e.reply for e in training}.values()     # --weights may repeat a reply
-    mrm.unseen.copy_(unseen_tokens(distinct, llama.config, args.min_count))
-    return mrm
+    lora = [args.rank, args.alpha, args.targets.split(","), args.first_layer]
+    if args.init:
+        model = load_to_train(args.init, llama, args.objective, *lora)
+    else:
+        model = {"guard": Guard, "mrm": MRM}[args.objective](
+            add_lora(llama, *lora), llama.tokenizer.template("reward"))
+    if args.objective == "mrm":
+        distinct = {id(e): e.reply for e in training}.values()      # --weights may repeat a reply
+        unseen = unseen_tokens(distinct, llama.config, args.min_count)
+        if args.init:
+            unseen &= model.unseen.cpu()                            # what --init has seen stays seen
+        else:
+            model.gain.data.fill_(0.02)
+            model.bias.data.fill_(float(np.mean(np.concatenate([e.targets for e in training]))))
+        model.unseen.copy_(unseen)
+    return model
 
 
 def learning_rate(step, args):
@@ -208,7 +192,7 @@ def train(args):
     if args.first_layer is None:
         args.first_layer = llama.config.num_hidden_layers // 3
     check_lora(args.rank, args.alpha, args.targets.split(","), args.first_layer, llama.config)
-    training, held_out = load_data(args, llama)
+    training, held_out = read_data(args, llama)
     validate = {"guard": validate_guard, "mrm": validate_mrm}[args.objective]
     if args.validate:
         report = validate(load_adapter(out, llama, args.objective), held_out, args.device)
@@ -285,9 +269,11 @@ def main():
     parser = Parser(description="Train the guard or the MRM.")
     add = parser.group("what is trained")
     add("--objective", choices=["guard", "mrm"], required=True, help="the reward model")
-    add("--data", required=True, help="the folder that data/safety_labels or data/safety_rewards prepared")
+    add("--data", required=True, nargs="+", metavar="DIR", help="the folder that data/safety_labels or "
+        "data/safety_rewards prepared; for the MRM also several")
     add("--out", required=True, help="the adapter file to write")
     add("--base", default="data/smollm2", help="the Llama to put LoRA on")
+    add("--init", metavar="PATH", help="the adapter to start from (default: new weights)")
     add("--guard", metavar="PATH", help="MRM: accept only a corpus that this guard has labelled")
     add = parser.group("hyperparameters")
     for name, (default, kind, what) in HYPERPARAMETERS.items():

@@ -1,5 +1,6 @@
 """
-Checkpoints of training, from which an interrupted run goes on. They lie beside the adapter to be.
+What a training starts from: an adapter (--init), or the checkpoint of an interrupted run (--resume), which
+lies beside the adapter to be.
 """
 
 import hashlib
@@ -9,10 +10,24 @@ import json
 import torch
 
 from mrm import trained_tensors
-from plumbing.adapters import fill
+from plumbing.adapters import fill, load_adapter, read_metadata
 from plumbing.checkpoint import identity
 from plumbing.errors import BadInput
-from plumbing.files import reading, write_file
+from plumbing.files import content_hash, reading, write_file
+
+
+def load_to_train(path, llama, kind, rank, alpha, targets, first_layer):
+    """The Guard or MRM of an adapter file, to be trained further. Raises BadInput as load_adapter does, and
+    where its LoRA is another than that."""
+    reward_model = load_adapter(path, llama, kind)
+    meta = read_metadata(path)
+    asked = {"rank": rank, "alpha": alpha, "targets": targets, "first_layer": first_layer}
+    for name, ours in asked.items():
+        if meta[name] != ours:
+            raise BadInput(f"--init {path} was trained with the {name} {meta[name]}, but here it is {ours}")
+    for tensor in trained_tensors(reward_model).values():
+        tensor.requires_grad_(tensor.is_floating_point())           # V_unseen is not trained
+    return reward_model
 
 
 def save_checkpoint(path, run, step, reward_model, optimizer):
@@ -41,11 +56,12 @@ def load_checkpoint(path, run, reward_model, optimizer):
 
 
 def run_identity(args, llama, training):
-    """What must be equal for a run to be the same run: the arguments that decide it, and the content of base
-    and data, wherever they are."""
+    """What must be equal for a run to be the same run: the arguments that decide it, and the content of base,
+    data and initial adapter, wherever they are."""
     free = "resume stop_after out device command eval_every eval_replies log_every accumulate guard".split()
     run = {key: value for key, value in vars(args).items() if key not in free}
     digest = hashlib.sha256()
     for e in training:
         digest.update(json.dumps([e.source, e.context, e.reply, e.targets, e.siblings]).encode())
-    return run | {"base": identity(llama), "data": digest.hexdigest()[:12]}
+    init = content_hash(args.init) if args.init else None
+    return run | {"base": identity(llama), "data": digest.hexdigest()[:12], "init": init}

@@ -220,6 +220,86 @@ def test_shards_are_read_as_one_corpus_or_not_at_all(rewards, base, tmp_path):
         read_rewards(tmp_path, llama)
 
 
+@pytest.fixture(scope="module")
+def corpora(rewards, tmp_path_factory):
+    """Two corpora of one guard, the second one with other rewards, and `union`: their shards as one."""
+    folder = tmp_path_factory.mktemp("corpora")
+    run_of = {"seed": 0, "guard": "abc"}
+    changed = load_file(rewards / SHARD)
+    changed["rewards"] = changed["rewards"] * 2
+    for name in ("one", "two", "union"):
+        (folder / name).mkdir()
+    copy_shard(rewards / SHARD, folder / "one" / SHARD, run=run_of)
+    copy_shard(rewards / SHARD, folder / "two" / SHARD, changed, run=run_of | {"seed": 1})
+    for i, name in enumerate(("one", "two")):
+        copy_shard(folder / name / SHARD, folder / "union" / f"corpus-0{i}-of-02.safetensors", shards=2,
+                   run=run_of)
+    return folder
+
+
+def test_several_corpora_are_read_as_one(corpora, base, tmp_path, monkeypatch):
+    """The training on two folders is that on their union."""
+    run(monkeypatch, *options("mrm", corpora / "union", base, tmp_path / "union", steps=8))
+    run(monkeypatch, *options("mrm", corpora / "one", base, tmp_path / "two", steps=8),
+        "--data", corpora / "one", corpora / "two")
+    union, two = load_file(tmp_path / "union"), load_file(tmp_path / "two")
+    assert union.keys() == two.keys() and all(torch.equal(union[name], two[name]) for name in union)
+
+
+def test_corpora_of_two_guards_are_refused(corpora, labels, base, tmp_path, monkeypatch):
+    copy_shard(corpora / "two" / SHARD, tmp_path / SHARD, run={"seed": 0, "guard": "xyz"})
+    both = ["--data", corpora / "one", tmp_path]
+    with pytest.raises(BadInput, match="guard xyz, but here it must be abc"):
+        run(monkeypatch, *options("mrm", tmp_path, base, tmp_path / "m"), *both)
+    copy_shard(corpora / "two" / SHARD, tmp_path / SHARD, vocabulary="xyz")
+    with pytest.raises(BadInput, match="vocabulary xyz, but here it must be"):
+        run(monkeypatch, *options("mrm", tmp_path, base, tmp_path / "m"), *both)
+    with pytest.raises(BadInput, match="one folder for the guard"):
+        run(monkeypatch, *options("guard", labels, base, tmp_path / "m"), "--data", labels, labels)
+    assert {path.name for path in tmp_path.iterdir()} == {SHARD}
+
+
+def test_training_starts_at_an_adapter(corpora, base, tmp_path, monkeypatch):
+    """After a step with learning rate 0, the tensors are those of --init, and what it has seen stays seen.
+    Tokens of the new data are seen too."""
+    run(monkeypatch, *options("mrm", corpora / "one", base, tmp_path / "first", steps=5))
+    first = load_file(tmp_path / "first")
+    first["unseen"][:] = True
+    first["unseen"][[7, 300]] = False                       # end-of-sequence, and one that is not in the data
+    metadata = {key: json.dumps(value) for key, value in read_metadata(tmp_path / "first").items()}
+    save_file(first, tmp_path / "init", metadata)
+    again = options("mrm", corpora / "two", base, tmp_path / "second", steps=1)
+    run(monkeypatch, *again, "--init", tmp_path / "init", "--lr", 0)
+    second = load_file(tmp_path / "second")
+    seen = set((~second.pop("unseen")).nonzero().flatten().tolist())
+    assert seen == {7, 91, 300, *range(20, 40)}
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+    run(monkeypatch, *again, "--init", tmp_path / "init")                       # and it is trained further
+    trained = load_file(tmp_path / "second")
+    assert not any(torch.equal(first[name], trained[name]) for name in second)
+
+
+def test_an_initial_adapter_must_fit(corpora, labels, base, tmp_path, monkeypatch):
+    """Its LoRA is what is asked for; and a run that is resumed had the same one, by its content."""
+    run(monkeypatch, *options("mrm", corpora / "one", base, tmp_path / "first", steps=2))
+    again = [*options("mrm", corpora / "two", base, tmp_path / "second", steps=4),
+             "--init", tmp_path / "first"]
+    for more, said in ((["--rank", 3], "rank 4, but here it is 3"), (["--alpha", 2], "alpha 16"),
+                       (["--targets", "q_proj"], "targets"), (["--first_layer", 1], "first_layer 0")):
+        with pytest.raises(BadInput, match=f"--init .*first was trained with the {said}"):
+            run(monkeypatch, *again, *more)
+    with pytest.raises(BadInput, match="kind mrm, but here it must be guard"):
+        run(monkeypatch, *again, "--objective", "guard", "--data", labels)
+    run(monkeypatch, *again, "--stop_after", 2)
+    shutil.copy(tmp_path / "first", tmp_path / "moved")
+    run(monkeypatch, *again, "--init", tmp_path / "moved", "--stop_after", 3, "--resume")
+    run(monkeypatch, *options("mrm", corpora / "one", base, tmp_path / "moved", steps=3))
+    with pytest.raises(BadInput, match="is of a run with --init [0-9a-f]{12}, not [0-9a-f]{12}"):
+        run(monkeypatch, *again, "--init", tmp_path / "moved", "--resume")
+    with pytest.raises(BadInput, match="is of a run with --init [0-9a-f]{12}, not None"):
+        run(monkeypatch, *again[:-2], "--resume")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # several processes
 

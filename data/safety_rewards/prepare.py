@@ -9,6 +9,7 @@ At laptop scale, or in full.
 
 Two kinds of replies: those of HH-RLHF's harmless dialogues, and the policy's own, sampled for the harmful
 requests of data/safety_labels (prepare that first) with and without a prefill, and for ordinary requests.
+With --search_batches a third: what saffron's search with an earlier MRM visits (data/search_states.py).
 Writes the shards corpus-*.safetensors and manifest.json, which readme.md describes; shards that are there
 already are not made again. WARNING: harmful and offensive text.
 """
@@ -33,12 +34,14 @@ from tqdm import tqdm  # noqa: E402
 from baselines import draw_tokens  # noqa: E402
 from data.corpus import Example  # noqa: E402
 from data.download import fetch, sha256  # noqa: E402
+from data.search_states import first_turns, requests_of, search_batch  # noqa: E402
 from mrm import Guard  # noqa: E402
-from plumbing.adapters import guard_id, read_metadata  # noqa: E402
+from plumbing.adapters import guard_id, load_adapter, read_metadata  # noqa: E402
 from plumbing.checkpoint import load_llama  # noqa: E402
 from plumbing.checkpoint import read_tensors  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from plumbing.errors import check_finite  # noqa: E402
+from plumbing.fast import share_pass  # noqa: E402
 from plumbing.files import check_output, read_jsonl, reading, write_file  # noqa: E402
 from plumbing.guards import guard_for  # noqa: E402
 from plumbing.guards import load_guard  # noqa: E402
@@ -54,10 +57,15 @@ from trie_cache import TrieCache, compute  # noqa: E402
 HH_FILE = "hh_rlhf/harmless-base/{}.jsonl.gz"
 HH_URL = "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/harmless-base/{}.jsonl.gz"
 SOURCES = ["hh_rlhf", "policy, nucleus", "policy, uniform", "policy, refused", "policy, ordinary",
-           "policy, hidden prefill"]
+           "policy, hidden prefill", "search, beta 0", "search, beta above 0"]
+HIDDEN_PREFILL = SOURCES.index("policy, hidden prefill")
+SEARCHES = (SOURCES.index("search, beta 0"), SOURCES.index("search, beta above 0"))
 PROMPTS_A_BATCH = 8
 REPLIES_A_PROMPT = 4
 SIBLINGS_EVERY = 4              # tokens of a reply; where siblings are labelled
+SEARCH_SIBLINGS_EVERY = 3       # the same of a search's reply
+SEARCH_SIBLINGS = 7             # at most, after a prefix
+BEST_SIBLINGS = 4               # of these, those that the MRM likes best
 
 
 def read_hh(local, split):
@@ -133,7 +141,7 @@ def ordinary_requests(policy, labels, synthetic, seed):
         made_up.pop("", None)
     if len(made_up) < synthetic:
         raise BadInput("the policy does not end a user's turn within 40 tokens, "
-                       "so it can make up no requests; pass --ordinary_batches 0")
+                       "so it can make up no requests; pass --ordinary_batches 0 --synthetic 0")
     requests += list(made_up.items())[:synthetic]
     return [(request, opening, i % 10 == 0) for i, (request, opening) in enumerate(requests)]
 
@@ -207,31 +215,71 @@ def own_replies(policy, harmful, ordinary, turns, batches, args):
 
 def hide_prefill(row):
     """The reply as guard and MRM see it under --hide_prefill: it begins after the prefill."""
-    return row | {"source": len(SOURCES) - 1, "reply": row["reply"][len(row["prefill"]):]}
+    return row | {"source": HIDDEN_PREFILL, "reply": row["reply"][len(row["prefill"]):], "hidden": True}
+
+
+def search_replies(policy, mrm, kinds, batches, args):
+    """What searches with the MRM visit, in the --search_batches of these numbers. kinds: as requests_of takes
+    them."""
+    rows = []
+    for batch in tqdm(batches, desc="searching", unit="batch", file=sys.stderr, disable=not batches):
+        requests = requests_of(batch, PROMPTS_A_BATCH, kinds)
+        rows += search_batch(policy, mrm, requests, batch, SEARCHES, args.max_prompt, args.max_reply,
+                             args.seed)
+    return rows
 
 
 @torch.no_grad()
-def sibling_labels(policy, guard, row, most, generator):
+def sibling_labels(policy, guard, row, most, generator, mrm=None):
     """[(position, token, R)]: at every SIBLINGS_EVERY-th position of a reply, from a random one on, up to
     `most` tokens of the policy's nucleus, with the guard's reward if that token came next. The likeliest
-    stands first, the others are drawn uniformly.
+    stands first, the others are drawn uniformly. Where a search with the MRM has visited the reply: at every
+    SEARCH_SIBLINGS_EVERY-th position, those of its candidates that `best_and_others` chooses.
     The guard reads the whole in a trie, where each costs one token."""
+    # 1. Nucleus, and M of it, at some positions.
     reply = row["reply"]
     labels = []
-    before = row["prefill"] if row["source"] == len(SOURCES) - 1 else []        # what the policy alone reads
-    context = policy.template(row["prompt"], before)
-    start = torch.randint(SIBLINGS_EVERY, (), generator=generator).item()
-    positions = range(start, len(reply), SIBLINGS_EVERY)
-    hidden = policy(torch.tensor([context + reply], device=policy.device))[0]
-    hidden = hidden[[len(context) + position - 1 for position in positions]]
-    for position, p in zip(positions, next_logits(policy, hidden, length=0, min_new_tokens=0).softmax(-1)):
-        tokens = nucleus(p, 0.8).tolist()
-        others = torch.randperm(len(tokens) - 1, generator=generator)[:most - 1].sort().values.tolist()
-        labels += [(position, token) for token in [tokens[0], *(tokens[1 + i] for i in others)] if others]
+    searched = row.get("searched", False)
+    every = SEARCH_SIBLINGS_EVERY if searched else SIBLINGS_EVERY
+    before = row["prefill"] if row.get("hidden") else []                        # what the policy alone reads
+    start = torch.randint(every, (), generator=generator).item()
+    positions = range(start, len(reply), every)
+    hidden = hidden_before(policy, policy.template(row["prompt"], before), reply, positions)
+    if searched:
+        of_mrm = hidden_before(mrm.llama, mrm.template(row["prompt"]), reply, positions)
+    p = next_logits(policy, hidden, length=0, min_new_tokens=0).softmax(-1)
+    for n, position in enumerate(positions):
+        tokens = nucleus(p[n], 0.8)
+        # 2. The siblings: places in the nucleus, the likeliest first.
+        if searched:
+            tokens = tokens[~mrm.unseen[tokens]]
+            m = mrm.child_rewards(of_mrm[n].expand(len(tokens), -1), tokens)
+            chosen = best_and_others(m, generator)
+        else:
+            others = torch.randperm(len(tokens) - 1, generator=generator)[:most - 1].sort().values.tolist()
+            chosen = [0, *(1 + i for i in others)]
+        if len(chosen) > 1:
+            labels += [(position, token) for token in tokens[chosen].tolist()]
     if not labels:
         return []
+    # 3. Their rewards.
     rewards = guard.score(Prompt(row["prompt"]), [reply[:position] + [token] for position, token in labels])
     return [(*label, reward) for label, reward in zip(labels, rewards.tolist())]
+
+
+def hidden_before(llama, context, reply, positions):
+    """The final hidden states before the reply's tokens at these n positions: (n, d)."""
+    hidden = llama(torch.tensor([context + reply], device=llama.device))[0]
+    return hidden[[len(context) + position - 1 for position in positions]]
+
+
+def best_and_others(m, generator):
+    """Which of m candidates become siblings, up to SEARCH_SIBLINGS: the first, which is the likeliest, the
+    BEST_SIBLINGS with the highest M, others drawn uniformly. Their places, ascending. m: M of each (m,)."""
+    order = m.sort(descending=True, stable=True).indices.tolist()
+    chosen = {*order[:BEST_SIBLINGS], *range(min(1, len(m)))}
+    others = [i for i in torch.randperm(len(m), generator=generator).tolist() if i not in chosen]
+    return sorted([*chosen, *others[:SEARCH_SIBLINGS - len(chosen)]])
 
 
 def beginnings(reply):
@@ -329,6 +377,9 @@ def main():
     add("--refused_batches", type=number(0), default=20,
         help="the same, with the beginning of a refusal after the prefill")
     add("--ordinary_batches", type=number(0), default=20, help="the same, of replies to ordinary requests")
+    add("--search_batches", type=number(0), default=0,
+        help=f"searches for {PROMPTS_A_BATCH} requests with --mrm, each of which gives up to three replies")
+    add("--mrm", metavar="PATH", help="the MRM of --search_batches: an adapter on --policy")
     add("--hidden", type=number(0, 1, float), default=0.5,
         help="share of prefilled replies that are repeated without the prefill")
     add("--siblings", type=number(0), default=6, help="most next tokens that are labelled at every fourth "
@@ -340,8 +391,12 @@ def main():
     add("--seed", type=number(0, 2 ** 63 - 1), default=0, help="seed of the random draws")
     args = parser.parse_args()
     own = args.policy_batches + args.refused_batches + args.ordinary_batches
-    if own and not Path(args.labels).exists():
+    needs_labels = own or args.search_batches
+    needs_ordinary = args.ordinary_batches or args.search_batches
+    if needs_labels and not Path(args.labels).exists():
         raise BadInput(f"{args.labels} is missing; run data/safety_labels/prepare.py first")
+    if bool(args.search_batches) != bool(args.mrm):
+        raise BadInput("--search_batches N and --mrm PATH go together: the searches take that MRM")
     if args.ordinary_batches and args.synthetic < 1:
         raise BadInput(f"--synthetic is {args.synthetic}, but it must be at least 1")
     if not args.out.is_dir():
@@ -355,21 +410,34 @@ def main():
         raise BadInput(f"--policy {args.policy}: its chat format opens <think>: replies begin with reasoning")
     guard = load_guard(args.guard, policy)
     asked = guard_for(policy, guard)
-    labels = [row for _, row in read_jsonl(args.labels)] if own else []
+    mrm = share_pass(policy, load_adapter(args.mrm, policy, "mrm")) if args.search_batches else None
+    labels = [row for _, row in read_jsonl(args.labels)] if needs_labels else []
     requests = harmful_requests(labels)
     turns = [r["response"] for r in labels if r["source"] == "turned"]
     if args.refused_batches and not turns:
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
-    ordinary = ordinary_requests(policy, labels, args.synthetic, args.seed) if args.ordinary_batches else []
+    kinds = {}
+    if args.search_batches:
+        # With --hh_replies all, the test split is held out.
+        pairs = read_hh(args.local, "train" if args.hh_replies == "all" else "test")
+        kinds = {"harmful": list(requests), "dialogue": first_turns(pairs)}
+    ordinary = ordinary_requests(policy, labels, args.synthetic, args.seed) if needs_ordinary else []
+    if args.search_batches:
+        kinds["ordinary"] = list(ordinary)
+        for kind, of_kind in kinds.items():
+            if not of_kind:
+                raise BadInput(f"--search_batches: found no {kind} requests")
+            random.Random(args.seed).shuffle(of_kind)
     dialogues = hh_replies(policy, hh_dialogues(args.local, args.hh_replies), args.max_prompt, args.max_reply)
     reads_tokens = isinstance(asked, Guard)                 # else a Bridge, or any guard with `score`
     template = guard.template if reads_tokens else policy.tokenizer.template("reward")
     metadata = {"vocabulary": policy.tokenizer.fingerprint, "source_names": SOURCES,
                 "template": [template.prefix, template.infix], "shards": args.shards,
                 "run": {"policy": policy.fingerprint, "guard": guard_id(args.guard, guard),
-                        "labels": sha256(args.labels)[:12] if own else None} | {
+                        "mrm": guard_id(args.mrm, mrm) if mrm else None,
+                        "labels": sha256(args.labels)[:12] if needs_labels else None} | {
                     key: value for key, value in vars(args).items()
-                    if key not in ("guard", "policy", "labels", "local", "out", "device")}}
+                    if key not in ("guard", "policy", "mrm", "labels", "local", "out", "device")}}
     paths = [args.out / f"corpus-{k:02d}-of-{args.shards:02d}.safetensors" for k in range(args.shards)]
     for k in range(rank, args.shards, world):
         path = paths[k]
@@ -380,9 +448,9 @@ def main():
                                "delete it to start anew")
             print(f"{path.name} is there already", flush=True)
             continue
-        batches = range(k, own, args.shards)
-        rows = dialogues[k::args.shards] + own_replies(
-            policy, list(requests), list(ordinary), turns, batches, args)
+        rows = dialogues[k::args.shards]
+        rows += own_replies(policy, list(requests), list(ordinary), turns, range(k, own, args.shards), args)
+        rows += search_replies(policy, mrm, kinds, range(k, args.search_batches, args.shards), args)
         if not rows:
             raise BadInput(f"--shards {args.shards}: shard {k} would be empty; choose fewer")
         if reads_tokens:
@@ -395,7 +463,7 @@ def main():
         generator = torch.Generator().manual_seed(args.seed + k)
         siblings = [[] for _ in rows]
         if args.siblings:
-            siblings = [sibling_labels(policy, asked, row, args.siblings, generator)
+            siblings = [sibling_labels(policy, asked, row, args.siblings, generator, mrm)
                         for row in tqdm(rows, desc="siblings", unit="reply", file=sys.stderr)]
         write_shard(path, rows, rewards, siblings, metadata)
         report(path.name, rows, rewards)
