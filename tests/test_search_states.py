@@ -16,7 +16,7 @@ from data import search_states
 from data.corpus import read_rewards
 from mrm import MRM, Guard, add_lora, trained_tensors
 from plumbing.adapters import load_adapter, read_metadata, save_adapter
-from plumbing.fast import share_pass
+from plumbing.shared import share_pass
 from plumbing.files import content_hash
 from search import Branch, nucleus
 

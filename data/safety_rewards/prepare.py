@@ -41,7 +41,7 @@ from plumbing.checkpoint import load_llama  # noqa: E402
 from plumbing.checkpoint import read_tensors  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from plumbing.errors import check_finite  # noqa: E402
-from plumbing.fast import share_pass  # noqa: E402
+from plumbing.shared import share_pass  # noqa: E402
 from plumbing.files import check_output, read_jsonl, reading, write_file  # noqa: E402
 from plumbing.guards import guard_for  # noqa: E402
 from plumbing.guards import load_guard  # noqa: E402
