@@ -50,6 +50,7 @@ def test_the_score_of_a_suffix(smollm2, mrm, weight):
     torch.testing.assert_close(scores, torch.stack(expected), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_learned_suffix_becomes_better_from_try_to_try(smollm2, mrm, monkeypatch):
     monkeypatch.setattr(attacks, "STEPS", 1)
     monkeypatch.setattr(attacks, "VARIANTS", 4)

@@ -430,23 +430,24 @@ def test_only_missing_shards_are_made(small_corpus, tmp_path):
 # the prompts of our own
 
 def test_prompts_of_our_own():
-    """180 harmful ones over twelve categories and 180 harmless ones, half of them look-alikes; dev, test and
-    what the guard learns from have none in common, and eval.py reads them all."""
-    from eval import read_attacks
+    """270 harmful ones over eighteen categories, of which six are in test only, and 270 harmless ones, half
+    of them look-alikes; dev, test and what the guard learns from have none in common; eval.py reads all."""
+    from plumbing.runs import read_attacks
     rows = {}
     for name in ("harmful_dev", "harmful_test", "harmless_dev", "harmless_test"):
         path = ROOT / "data" / "prompts" / f"{name}.jsonl"
-        assert len(read_attacks([path], "prefill", "", None)) == (120 if name.endswith("dev") else 60)
+        assert len(read_attacks([path], "prefill", "", None)) == (120 if name.endswith("dev") else 150)
         rows[name] = [json.loads(line) for line in path.read_text().splitlines()]
     harmful, harmless = (rows["harmful_dev"] + rows["harmful_test"],
                          rows["harmless_dev"] + rows["harmless_test"])
-    assert len({r["prompt"] for r in harmful + harmless}) == 360
+    assert len({r["prompt"] for r in harmful + harmless}) == 540
     known = [request for kind in ("harmless", "harmful")
              for request in (ROOT / "data" / "safety_labels" / f"{kind}.txt").read_text().splitlines()]
     assert not {r["prompt"] for r in harmful + harmless} & set(known)
-    assert (len({r["category"] for r in harmful}) == 12
-            and all(len(r["response"].split()) < 25 for r in harmful))
+    assert len({r["category"] for r in harmful}) == 18
+    assert all(len(r["response"].split()) < 25 for r in harmful)
+    assert len({r["response"] for r in rows["harmful_test"]}) == 150
     assert {r["category"] for r in harmless} == {"harmless"}
-    assert sum(r["kind"] == "look-alike" for r in harmless) == 90
-    for split in ("dev", "test"):                                       # every category in both
-        assert len({r["category"] for r in rows[f"harmful_{split}"]}) == len({r["category"] for r in harmful})
+    assert sum(r["kind"] == "look-alike" for r in harmless) == 135
+    categories = {split: {r["category"] for r in rows[f"harmful_{split}"]} for split in ("dev", "test")}
+    assert len(categories["dev"]) == 12 and categories["dev"] < categories["test"]

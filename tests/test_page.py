@@ -253,6 +253,7 @@ def test_a_tree_is_read_in_pieces_as_in_one(searched, trees, smollm2, mrm, monke
             and again["p"] == pytest.approx(trees[1]["p"], abs=2e-3))
 
 
+@pytest.mark.slow
 def test_a_page_of_width_16_and_128_tokens_is_small(tiny_policy, tiny_mrm, smollm2, golden_search, tmp_path,
                                                     browser):
     """Half of what it may be, since a larger vocabulary has longer numbers."""

@@ -161,7 +161,8 @@ def test_every_file_is_in_the_map():
         seen += files.split(", ")
         assert int(minutes) > 0 and "?" in question
     assert (len(set(seen)) == len(seen)
-            and {path.name for path in ROOT.glob("*.py")} - set(seen) == {"attack.py", "baselines.py", "eval.py"})
+            and {path.name for path in ROOT.glob("*.py")} - set(seen) == {
+                "attack.py", "baselines.py", "eval.py"})
     lines = sum(len(text_of(name).splitlines()) for name in seen)
     assert lines <= 2000 and "The reading path is at most 2,000 lines" in text_of(README)
 

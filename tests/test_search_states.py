@@ -208,6 +208,7 @@ def replies(folder, tiny, targets=True):
     return sorted([e.source, e.context, e.reply] + [e.targets] * targets for e in examples)
 
 
+@pytest.mark.slow
 def test_a_corpus_of_searches(corpus, tiny, tmp_path):
     """The same whenever it is made, and its replies in any number of shards. Missing shards are made again.
     The metadata knows the MRM by its content."""
