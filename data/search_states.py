@@ -8,6 +8,7 @@ DAgger (Ross et al. 2011, arXiv 1011.0686). data/safety_rewards/prepare.py does 
 
 import itertools
 import random
+import zlib
 
 from engine import Options
 from plumbing.tokenizer import Prompt
@@ -25,19 +26,25 @@ OPENINGS = ["Sure, here is", "Of course, I can tell you that. First,", "Yes, you
             "That is a good question. The answer is"]           # of replies to first turns, which have none
 
 
+def first_turn(dialogue):
+    """What a dialogue of HH-RLHF begins with; "" if nobody answers."""
+    request, found, _ = dialogue.partition("\n\nAssistant:")
+    return request.removeprefix("\n\nHuman:").strip() if found else ""
+
+
+def is_held_out(request):
+    """A tenth of HH-RLHF's first turns: the same, whichever source of the corpus they come from."""
+    return zlib.crc32(request.encode()) % 10 == 0
+
+
 def first_turns(pairs):
     """(request, None, held out): the first turns of HH-RLHF's dialogues, each once, FIRST_TURNS of them
-    evenly spread. They have no opening of a reply. Every tenth is held out. pairs: [{side: dialogue}]."""
-    turns = {}
-    for pair in pairs:
-        for dialogue in pair.values():
-            request, found, _ = dialogue.partition("\n\nAssistant:")
-            request = request.removeprefix("\n\nHuman:").strip()
-            if found and request:
-                turns[request] = None
-    turns = list(turns)
+    evenly spread. They have no opening of a reply. pairs: [{side: dialogue}]."""
+    turns = dict.fromkeys(first_turn(dialogue) for pair in pairs for dialogue in pair.values())
+    turns = [request for request in turns if request]
     count = min(len(turns), FIRST_TURNS)
-    return [(turns[i * len(turns) // count], None, i % 10 == 0) for i in range(count)]
+    requests = [turns[i * len(turns) // count] for i in range(count)]
+    return [(request, None, is_held_out(request)) for request in requests]
 
 
 def requests_of(batch, size, kinds):

@@ -41,16 +41,22 @@ def read_data(args, llama):
 
 def read_corpora(folders, llama, guard=None):
     """(training, held-out) examples of all these folders, as corpus.read_rewards gives those of one. Raises
-    BadInput, too, unless one guard has labelled all: that at the path `guard`, where one is given."""
+    BadInput, too, unless one guard has labelled all (that at the path `guard`, where one is given), and all
+    have the same requests held out, which the labels decide."""
     guard = guard and guard_id(guard, load_guard(guard, llama))
     training = []
     held_out = []
+    labels = None
     for folder in folders:
         more_training, more_held_out = read_rewards(folder, llama, guard)
         training += more_training
         held_out += more_held_out
-        first = min(Path(folder).glob("corpus-*.safetensors"))
-        guard = guard or read_metadata(first).get("run", {}).get("guard")
+        run = read_metadata(min(Path(folder).glob("corpus-*.safetensors"))).get("run", {})
+        guard = guard or run.get("guard")
+        if labels and run.get("labels") not in (None, labels):
+            raise BadInput(f"{folder} was made with the labels {run['labels']}, {folders[0]} with {labels}: "
+                           "a request may be held out in one and not in the other")
+        labels = labels or run.get("labels")
     return training, held_out
 
 

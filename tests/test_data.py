@@ -247,8 +247,10 @@ def test_the_last_turn_of_a_dialogue(smollm2, tmp_path):
     decode = smollm2.tokenizer.decode
     assert [decode(r["prompt"]) for r in rows[:4]] == ["second c0", "second r1", "second c3", "second r4"]
     assert [decode(r["reply"]) for r in rows[:2]] == ["last c0", "last r1"] and rows[0]["reply"][-1] == 2
-    held_out = [decode(r["prompt"])[7] for r in rows if r["held_out"]]
-    assert sorted(held_out) == ["c"] * 3 + ["r"] * 3                # a tenth, preferred and rejected alike
+    held_out = [decode(r["prompt"]).removeprefix("second ") for r in rows if r["held_out"]]
+    assert held_out == [name for name in (decode(r["prompt"]).removeprefix("second ") for r in rows)
+                        if rewards.is_held_out(f"first {name}")]            # by the first turn: about a tenth
+    assert 2 <= len(held_out) <= 12 and {name[0] for name in held_out} == {"c", "r"}
     write_dialogues(tmp_path, "train", pairs("train ", 3))
     rows = rewards.hh_replies(smollm2, rewards.hh_dialogues(tmp_path, "all"), 64, 56)
     assert [decode(r["reply"]) for r in rows][4:8] == ["last train c2", "last train r2", "last c0", "last r0"]

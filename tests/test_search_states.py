@@ -71,10 +71,12 @@ def test_first_turns():
               "rejected": f"\n\nHuman: Other {i // 2}\n\nAssistant: D."} for i in range(30)]
     turns = search_states.first_turns([*pairs, {"chosen": "\n\nHuman: \n\nAssistant: E", "rejected": "F"}])
     assert [request for request, _, _ in turns[:3]] == ["First 0", "Other 0", "First 1"]
-    assert len(turns) == 30 and [i for i, turn in enumerate(turns) if turn[2]] == [0, 10, 20]
+    assert len(turns) == 30
     many = [{"chosen": f"\n\nHuman: {i}\n\nAssistant: A"} for i in range(5000)]
     spread = [int(request) for request, _, _ in search_states.first_turns(many)]
     assert len(spread) == 2000 and {b - a for a, b in zip(spread, spread[1:])} == {2, 3}
+    held_out = [request for request, _, held in search_states.first_turns(many) if held]
+    assert 160 < len(held_out) < 240 and all(map(search_states.is_held_out, held_out))
 
 
 def test_requests_of_three_kinds_take_turns():
@@ -154,7 +156,8 @@ def test_dropped_branches_are_no_beginnings_of_the_last_frontier():
 
 
 def test_siblings_of_a_search_are_those_that_m_likes_best_and_others(models):
-    """At every third position: the likeliest candidate first, M's four best, seven in all, with R of each."""
+    """At every third position after the prefill: the likeliest candidate first, M's four best, seven in all,
+    with R of each."""
     policy, guard, mrm = models
     corpus = script("safety_rewards")
     rows = [row for batch in (1, 4)
@@ -164,13 +167,17 @@ def test_siblings_of_a_search_are_those_that_m_likes_best_and_others(models):
         labels = corpus.sibling_labels(policy, guard, row, 6, torch.Generator().manual_seed(0), mrm)
         assert labels == corpus.sibling_labels(policy, guard, row, 6, torch.Generator().manual_seed(0), mrm)
         positions = sorted({position for position, _, _ in labels})
-        assert positions == list(range(positions[0], len(row["reply"]), 3)) and positions[0] < 3
+        forced = 0 if row["hidden"] else len(row["prefill"])
+        if len(row["reply"]) - forced >= 3:
+            assert positions == list(range(positions[0], len(row["reply"]), 3))
+            assert forced <= positions[0] < forced + 3
         for position in positions:
             reply = row["reply"][:position]
             before = row["prefill"] if row["hidden"] else []
             sequence = torch.tensor([policy.template(row["prompt"], before + reply)])
             p = policy.logits(policy(sequence)[0, -1]).softmax(-1)
-            inside = [token for token in nucleus(p, 0.8).tolist() if not mrm.unseen[token]]
+            inside = [token for token in nucleus(p, 0.8).tolist() if not mrm.unseen[token]
+                      and token not in policy.config.eos_token_ids]             # no reply ends so soon
             context = torch.tensor([mrm.template(row["prompt"], reply)])
             m = mrm.conservative_rewards(mrm.llama(context)[0, -1])
             tokens = [token for where, token, _ in labels if where == position]

@@ -34,7 +34,8 @@ from tqdm import tqdm  # noqa: E402
 from baselines import draw_tokens  # noqa: E402
 from data.corpus import Example  # noqa: E402
 from data.download import fetch, sha256  # noqa: E402
-from data.search_states import first_turns, requests_of, search_batch  # noqa: E402
+from data.search_states import first_turn, first_turns, is_held_out, requests_of, search_batch  # noqa: E402
+from engine import Options  # noqa: E402
 from mrm import Guard  # noqa: E402
 from plumbing.adapters import guard_id, load_adapter, read_metadata  # noqa: E402
 from plumbing.checkpoint import load_llama  # noqa: E402
@@ -80,16 +81,16 @@ def read_hh(local, split):
 
 def hh_dialogues(local, count):
     """(dialogue, held out): of `count` pairs of the test split, evenly spread, the preferred and the rejected
-    one in turn, two of every twenty held out;
-    or, count being "all", both of all pairs, the test split held out."""
+    one in turn, a tenth held out by their first turns; or, count being "all", both of all pairs, the test
+    split held out."""
     if count == "all":
         return [(pair[side], split == "test") for split in ("train", "test") for pair in read_hh(local, split)
                 for side in ("chosen", "rejected")]
     pairs = read_hh(local, "test") if count else []
     if count > len(pairs):
         raise BadInput(f"--hh_replies {count}: expected at most {len(pairs)}, or all")
-    return [(pairs[i * len(pairs) // count]["rejected" if i % 2 else "chosen"], i // 2 % 10 == 0)
-            for i in range(count)]
+    dialogues = [pairs[i * len(pairs) // count]["rejected" if i % 2 else "chosen"] for i in range(count)]
+    return [(dialogue, is_held_out(first_turn(dialogue))) for dialogue in dialogues]
 
 
 def hh_replies(llama, dialogues, max_prompt, max_reply):
@@ -236,14 +237,17 @@ def sibling_labels(policy, guard, row, most, generator, mrm=None):
     stands first, the others are drawn uniformly. Where a search with the MRM has visited the reply: at every
     SEARCH_SIBLINGS_EVERY-th position, those of its candidates that `best_and_others` chooses.
     The guard reads the whole in a trie, where each costs one token."""
-    # 1. Nucleus, and M of it, at some positions.
+    # 1. Nucleus, and M of it, at some positions: where a search has chosen, after the prefill.
     reply = row["reply"]
     labels = []
     searched = row.get("searched", False)
     every = SEARCH_SIBLINGS_EVERY if searched else SIBLINGS_EVERY
     before = row["prefill"] if row.get("hidden") else []                        # what the policy alone reads
+    forced = len(row["prefill"]) if searched and not before else 0
     start = torch.randint(every, (), generator=generator).item()
-    positions = range(start, len(reply), every)
+    positions = range(forced + start, len(reply), every)
+    if not positions:
+        return []
     hidden = hidden_before(policy, policy.template(row["prompt"], before), reply, positions)
     if searched:
         of_mrm = hidden_before(mrm.llama, mrm.template(row["prompt"]), reply, positions)
@@ -253,6 +257,8 @@ def sibling_labels(policy, guard, row, most, generator, mrm=None):
         # 2. The siblings: places in the nucleus, the likeliest first.
         if searched:
             tokens = tokens[~mrm.unseen[tokens]]
+            if position - forced < Options.min_new_tokens:      # a search does not let a reply end so soon
+                tokens = tokens[[token not in policy.config.eos_token_ids for token in tokens.tolist()]]
             m = mrm.child_rewards(of_mrm[n].expand(len(tokens), -1), tokens)
             chosen = best_and_others(m, generator)
         else:
