@@ -6,8 +6,8 @@ Attack the default policy, or any, and measure the defences on the same prompts.
 
 A data row is {"prompt": ..., "response": ..., "category": ...}: a harmful request, and a harmful reply whose
 first tokens are put into the model's mouth (--attack prefill). --attack suffix appends --suffix, or the row's
-"suffix", to the prompt; --attack none asks plainly. Rows of the category "harmless" are asked plainly and
-reported apart.
+"suffix", to the prompt; --attack scramble changes its spelling; --attack none asks plainly. The verdict is on
+the request as the row has it. Rows of the category "harmless" are asked plainly and reported apart.
 
 In float32 and float64, neither --batch nor the number of processes changes a reply, but for rare draws that
 rounding decides. In bfloat16 and float16 both do: rounding there depends on how many rows a pass has.

@@ -14,7 +14,7 @@ from trie_cache import compute
 class Measures:
     """Reads replies to some prompts by guard, judge and policy. The policy reads the prompts under the
     attack, guard and judge the requests as they were asked: the verdict is on these. Prompts stay in the
-    tries for other replies. Prompts, replies and what is returned are dicts by the rows' numbers."""
+    caches for other replies. Prompts, replies and what is returned are dicts by the rows' numbers."""
 
     def __init__(self, policy, guard, judge, prompts, asked):
         self.policy = policy

@@ -12,19 +12,25 @@ from plumbing.errors import BadInput
 from plumbing.files import content_hash, parsing, read_field, read_json, read_jsonl, write_file
 
 
-def read_attacks(paths, attack, suffix, limit):
-    """{number: row} of the data, counted through all files; with a limit only the first rows of
-    each. A row keeps its other keys. Raises BadInput with the line number of one that lacks what the attack
-    needs."""
+def read_attacks(paths, attack, suffix, limit, spare_harmless=True):
+    """{number: row} of the data, counted through all files; with a limit only the first rows of each. A row
+    keeps its other keys. Raises BadInput with the line number of one that lacks what the attack needs.
+    spare_harmless: harmless rows are not attacked, and need no more than a prompt."""
     rows = {}
     count = 0
     needed = [key for key in ATTACKS[attack].needs if key != "suffix" or not suffix]
     for path in paths:
         for i, (line, row) in enumerate(read_jsonl(path)):
             source = f"{Path(path).name}, line {line}"
-            for key in ["prompt"] + (needed if row.get("category") != "harmless" else []):
+            harmless = row.get("category") == "harmless"
+            for key in ["prompt", *needed]:
+                if harmless and key != "prompt" and (spare_harmless or key == "response"):
+                    continue                                    # attacks.Attacker.opening makes one
                 if not isinstance(row.get(key), str) or not row[key].strip():
                     raise BadInput(f'{path}, line {line}: expected a "{key}", which --attack {attack} needs')
+            for key in ("response", "suffix", "category"):
+                if not isinstance(row.get(key, ""), str | None):
+                    raise BadInput(f"{path}, line {line}: {key} is {row[key]!r:.40}, but it must be a text")
             if limit is None or i < limit:
                 rows[count] = {key: value.strip() if isinstance(value, str) else value
                                for key, value in row.items()} | {"source": source}

@@ -5,8 +5,9 @@ The difference between two searches on the same requests, from runs of eval.py.
 
 Each side is one --out folder or several (of other seeds or other MRMs), a search and a width. A request
 counts once on each side, with the mean over its replies. The difference is the mean over the requests that
-both sides have; its 95 % interval is the bootstrap's over these requests. Where no request differs, that
-would be [0, 0]; it is then −3/n to 3/n for n requests (the rule of three: Hanley & Lippman-Hand 1983).
+both sides have; its 95 % interval is the bootstrap's over these requests. Of a rate for which no request
+differs, that would be [0, 0]; it is then −3/n to 3/n for n requests (the rule of three: Hanley &
+Lippman-Hand 1983). Whether both sides were run with the same options is not checked: arguments.json has them.
 """
 
 import sys
@@ -33,6 +34,8 @@ def side(text):
     folders, method, width = (text.rsplit(":", 2) + ["", ""])[:3]
     results = [r for folder in folders.split(",") for r in read_results(Path(folder))
                if (r["safety"], str(r["width"])) == (method, width)]
+    if any("try" in r for r in results):
+        raise BadInput(f"{text}: these are results of attack.py, whose table has intervals of its own")
     if not results:
         raise BadInput(f"{text}: found no replies; expected folders of eval.py, a search and a width, "
                        "such as out/visible:saffron:4")
@@ -48,14 +51,15 @@ def by_request(results, key, harmless):
     return {request: float(np.mean(mine)) for request, mine in values.items()}
 
 
-def paired(a, b):
+def paired(a, b, is_rate):
     """(mean of a, mean of b, their difference, the ends of its interval, requests) over the requests that
     both have. a, b: {request: value}."""
     common = sorted(a.keys() & b.keys())
     differences = [a[request] - b[request] for request in common]
     low, high = interval(differences)
-    if not any(differences):
-        low, high = -3 / len(common), 3 / len(common)
+    if is_rate and not any(differences):
+        high = min(1.0, 3 / len(common))
+        low = -high
     mean_a = np.mean([a[request] for request in common])
     mean_b = np.mean([b[request] for request in common])
     return mean_a, mean_b, mean_a - mean_b, low, high, len(common)
@@ -73,7 +77,7 @@ def main():
         of_a = by_request(a, key, harmless)
         of_b = by_request(b, key, harmless)
         if of_a.keys() & of_b.keys():
-            mean_a, mean_b, difference, low, high, n = paired(of_a, of_b)
+            mean_a, mean_b, difference, low, high, n = paired(of_a, of_b, is_rate=key != "log_prob")
             ends = f"[{low:+.3f}, {high:+.3f}]"
             print(f"| {name} | {n} | {mean_a:.3f} | {mean_b:.3f} | {difference:+.3f} {ends} |")
 

@@ -392,6 +392,6 @@ def test_paired_differences_are_over_requests(tmp_path):
     assert status == 0, err
     guard, judge = (line.split(" | ") for line in out.splitlines()[2:4])
     assert guard[1:5] == ["2", "0.750", "0.000", "+0.750 [+0.500, +1.000] |"]
-    assert judge[4] == "+0.000 [-1.500, +1.500] |"                      # none differs: the rule of three
+    assert judge[4] == "+0.000 [-1.000, +1.000] |"                      # none differs: the rule of three
     status, _, err = run_script("results/paired.py", f"{tmp_path}/a:saffron:4", f"{tmp_path}/c:saffron:4")
     assert status == 2 and "found no replies" in err

@@ -420,6 +420,8 @@ def main():
     labels = [row for _, row in read_jsonl(args.labels)] if needs_labels else []
     requests = harmful_requests(labels)
     turns = [r["response"] for r in labels if r["source"] == "turned"]
+    if args.policy_batches + args.refused_batches and not requests:
+        raise BadInput(f"{args.labels} has no harmful request for replies of the policy's own")
     if args.refused_batches and not turns:
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
     kinds = {}
