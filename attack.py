@@ -44,7 +44,7 @@ from plumbing.guards import guard_for, load_guard
 from plumbing.measures import Measures
 from plumbing.parser import Parser, number
 from plumbing.released import load_mrm
-from plumbing.runs import parse_runs, read_attacks, read_tries, same_run
+from plumbing.runs import finish_arguments, read_attacks, read_tries, same_run
 from plumbing.tables import interval
 from plumbing.tokenizer import Prompt
 
@@ -185,10 +185,7 @@ def parse_arguments():
     add("--out", required=True, type=Path, metavar="DIR", help="the folder of results, where a stopped "
         "run goes on")
     args = parser.parse_args()
-    args.guard = args.guard or DEFAULT / "guard.safetensors"
-    args.mrm = args.mrm or DEFAULT / "mrm.safetensors"
-    args.runs = parse_runs(args.safety, args.width)
-    options.search_options(args, max(width for _, width in args.runs))
+    finish_arguments(args)
     return args
 
 

@@ -54,7 +54,7 @@ from plumbing.guards import guard_for, load_guard
 from plumbing.measures import Measures
 from plumbing.parallel import join_processes, wait
 from plumbing.parser import Parser, number
-from plumbing.runs import parse_runs, read_attacks, same_run
+from plumbing.runs import finish_arguments, read_attacks, same_run
 from plumbing.tables import markdown, merge_results, read_results, summarize
 
 
@@ -143,10 +143,7 @@ def parse_arguments():
     add("--out", required=True, type=Path, metavar="DIR", help="the folder of results, where a stopped "
         "run goes on")
     args = parser.parse_args()
-    args.guard = args.guard or DEFAULT / "guard.safetensors"
-    args.mrm = args.mrm or DEFAULT / "mrm.safetensors"
-    args.runs = parse_runs(args.safety, args.width)
-    options.search_options(args, max(width for _, width in args.runs))
+    finish_arguments(args)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib: pip install matplotlib")
     return args

@@ -11,6 +11,7 @@ import random
 import zlib
 
 from engine import Options
+from plumbing.attacks import ATTACKS, Attacker
 from plumbing.tokenizer import Prompt
 from search import saffron
 
@@ -20,6 +21,7 @@ MIXTURE = ["harmful", "dialogue", "harmful", "ordinary", "harmful",         # of
 WIDTHS = (1, 4, 16)
 BETAS = (0.0, 0.0, 0.0, 0.0, 0.05, 0.1)         # a third above 0
 MOST_PREFILL = 16               # tokens
+TRIES = 4                       # of an attack, of which a request gets one
 LONG_ENOUGH = 4                 # tokens of a dropped branch, where there is one of so many
 OPENINGS = ["Sure, here is", "Of course, I can tell you that. First,", "Yes, you can do it like this:",
             "Okay, the best way to do this is", "I am happy to help with that. Here is",
@@ -66,29 +68,38 @@ def settings(batch, seed):
     return combinations[batch % len(combinations)]
 
 
-def search_batch(policy, mrm, requests, batch, sources, max_prompt, max_reply, seed):
+def search_batch(policy, mrm, requests, batch, sources, max_prompt, max_reply, seed, attack="none"):
     """Rows of what a search for a few requests, side by side, has visited: of each request up to three
     replies. Seed and batch decide its width, its beta, the prefills, and whether the MRM reads these.
-    requests: (request, opening of a reply or None, held out). sources: of rows with beta 0, and above 0."""
+    requests: (request, opening of a reply or None, held out). sources: of rows with beta 0, and above 0.
+    attack: a name of ATTACKS. Policy and MRM read the request as it was attacked. Its rewards are to be those
+    of the request as it was asked, which a row has as `asked`."""
     # 1. The search.
     width, beta, hidden = settings(batch, seed)
     pick = random.Random(f"search {seed} {batch}")
+    attacker = Attacker(policy, mrm, hide_prefill=hidden, seed=seed)
     prompts = []
+    asked = []
     for request, opening, _ in requests:
         opening = pick.choice(OPENINGS) if opening is None else opening
         prefill = policy.tokenizer.encode(opening)[:min(pick.randint(0, MOST_PREFILL), max_reply - 1)]
-        prompts.append(Prompt(policy.tokenizer.encode(request)[-max_prompt:], prefill, hidden))
+        user = policy.tokenizer.encode(request)[-max_prompt:]
+        asked.append(user)
+        if attack != "none":                                    # which takes more tokens for the same text
+            row = {"prompt": request, "response": opening}
+            user = ATTACKS[attack].make(attacker, row, pick.randrange(TRIES)).user[-2 * max_prompt:]
+        prompts.append(Prompt(user, prefill, hidden))
     options = Options(width=width, beta=beta, max_new_tokens=min(Options.max_new_tokens, max_reply))
     results = saffron(policy, mrm, prompts, options)
 
     # 2. Its rows. Where the prefill is hidden, a reply begins after it for guard and MRM.
     rows = []
-    for (_, _, held_out), prompt, result in zip(requests, prompts, results):
+    for (_, _, held_out), prompt, request, result in zip(requests, prompts, asked, results):
         before = [] if hidden else prompt.prefill
         for tokens in visited(result.trace, max_reply - len(before), pick):
-            rows.append({"source": sources[beta > 0], "prompt": prompt.user, "reply": before + tokens,
-                         "held_out": held_out, "prefill": prompt.prefill, "hidden": hidden,
-                         "searched": True})
+            rows.append({"source": sources[beta > 0], "prompt": prompt.user, "asked": request,
+                         "reply": before + tokens, "held_out": held_out, "prefill": prompt.prefill,
+                         "hidden": hidden, "searched": True})
     return rows
 
 

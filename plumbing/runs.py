@@ -7,9 +7,10 @@ from pathlib import Path
 
 from baselines import SEARCHES
 from plumbing.attacks import ATTACKS
-from plumbing.checkpoint import identity
+from plumbing.checkpoint import DEFAULT, identity
 from plumbing.errors import BadInput
 from plumbing.files import content_hash, parsing, read_field, read_json, read_jsonl, write_file
+from plumbing.options import search_options
 
 
 def read_attacks(paths, attack, suffix, limit, spare_harmless=True):
@@ -38,6 +39,14 @@ def read_attacks(paths, attack, suffix, limit, spare_harmless=True):
     if not rows:
         raise BadInput(f"{', '.join(map(str, paths))}: found no prompts")
     return rows
+
+
+def finish_arguments(args):
+    """Fill in default models and `runs`. Raises BadInput for options out of range."""
+    args.guard = args.guard or DEFAULT / "guard.safetensors"
+    args.mrm = args.mrm or DEFAULT / "mrm.safetensors"
+    args.runs = parse_runs(args.safety, args.width)
+    search_options(args, max(width for _, width in args.runs))
 
 
 def parse_runs(safety, width):

@@ -38,6 +38,7 @@ from data.search_states import first_turn, first_turns, is_held_out, requests_of
 from engine import Options  # noqa: E402
 from mrm import Guard  # noqa: E402
 from plumbing.adapters import guard_id, load_adapter, read_metadata  # noqa: E402
+from plumbing.attacks import ATTACKS  # noqa: E402
 from plumbing.checkpoint import load_llama  # noqa: E402
 from plumbing.checkpoint import read_tensors  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
@@ -226,7 +227,7 @@ def search_replies(policy, mrm, kinds, batches, args):
     for batch in tqdm(batches, desc="searching", unit="batch", file=sys.stderr, disable=not batches):
         requests = requests_of(batch, PROMPTS_A_BATCH, kinds)
         rows += search_batch(policy, mrm, requests, batch, SEARCHES, args.max_prompt, args.max_reply,
-                             args.seed)
+                             args.seed, args.attack)
     return rows
 
 
@@ -269,7 +270,8 @@ def sibling_labels(policy, guard, row, most, generator, mrm=None):
     if not labels:
         return []
     # 3. Their rewards.
-    rewards = guard.score(Prompt(row["prompt"]), [reply[:position] + [token] for position, token in labels])
+    asked = Prompt(row.get("asked", row["prompt"]))
+    rewards = guard.score(asked, [reply[:position] + [token] for position, token in labels])
     return [(*label, reward) for label, reward in zip(labels, rewards.tolist())]
 
 
@@ -386,6 +388,8 @@ def main():
     add("--search_batches", type=number(0), default=0,
         help=f"searches for {PROMPTS_A_BATCH} requests with --mrm, each of which gives up to three replies")
     add("--mrm", metavar="PATH", help="the MRM of --search_batches: an adapter on --policy")
+    add("--attack", choices=list(ATTACKS), default="none", help="what is done to the requests of "
+        "--search_batches; the rewards are those of the requests as they were asked")
     add("--hidden", type=number(0, 1, float), default=0.5,
         help="share of prefilled replies that are repeated without the prefill")
     add("--siblings", type=number(0), default=6, help="most next tokens that are labelled at every fourth "
@@ -462,12 +466,12 @@ def main():
         if not rows:
             raise BadInput(f"--shards {args.shards}: shard {k} would be empty; choose fewer")
         if reads_tokens:
-            examples = [Example("", guard.template(r["prompt"]), r["reply"], [0.0] * len(r["reply"]))
-                        for r in rows]
+            examples = [Example("", guard.template(r.get("asked", r["prompt"])), r["reply"],
+                                [0.0] * len(r["reply"])) for r in rows]
             rewards = rewards_after_each_token(guard, examples, args.device)
         else:                                               # it reads each beginning alone
-            rewards = [asked.score(Prompt(r["prompt"]), beginnings(r["reply"])).float().cpu().numpy()
-                       for r in rows]
+            rewards = [asked.score(Prompt(r.get("asked", r["prompt"])),
+                                   beginnings(r["reply"])).float().cpu().numpy() for r in rows]
         generator = torch.Generator().manual_seed(args.seed + k)
         siblings = [[] for _ in rows]
         if args.siblings:
