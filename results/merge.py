@@ -3,10 +3,10 @@ One table of several runs of eval.py, such as those of three seeds.
 
     python results/merge.py out/visible out/visible_seed1 out/visible_seed2 --out results/visible.json
 
-A search and width that stands in several folders has the mean over all of their replies. This is for
-searches that draw at random (best_of_n, rebase): of the others, every seed has the same replies. The
-intervals take all replies for independent. Those to one prompt are not quite, so true intervals are somewhat
-wider. Prints the table, writes the summary, and draws with --plot.
+The folders may differ in the seed and in the MRM. A search and width has the mean over all of its replies. A
+search that asks the MRM draws nothing at random, so of several folders with one MRM the first counts; of any
+other search, the first of several folders with one seed. The interval is over different requests. Prints the
+table, writes the summary, and draws with --plot.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the modules ar
 
 from plumbing.start import run  # noqa: E402
 
+from baselines import SEARCHES  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from plumbing.files import check_output, read_json, write_file  # noqa: E402
 from plumbing.parser import Parser  # noqa: E402
@@ -37,21 +38,31 @@ def main():
         raise BadInput("--plot needs matplotlib: pip install matplotlib")
     results = []
     seeds = []
+    mrms = []
     first = read_json(args.folders[0] / "arguments.json")
     for folder in args.folders:
+        # 1. May it stand beside the others?
         arguments = read_json(folder / "arguments.json")
-        if arguments.get("seed") in seeds:
-            raise BadInput(f"{folder} has the same seed as an earlier folder, {arguments.get('seed')}; "
+        seed = arguments.get("seed")
+        mrm = arguments.get("mrm")
+        if (seed, mrm) in zip(seeds, mrms):
+            raise BadInput(f"{folder} has the same seed and MRM as an earlier folder, {seed}; "
                            "its replies would count twice")
-        seeds.append(arguments.get("seed"))
         differ = [key for key, value in arguments.items() if first.get(key) != value]
-        if set(differ) - {"seed"}:
+        if set(differ) - {"seed", "mrm"}:
             raise BadInput(f"{folder} and {args.folders[0]} differ in {', '.join(differ)}; "
-                           "only seeds may differ")
-        results += read_results(folder)
+                           "only seeds and MRMs may differ")
+        # 2. Which of its replies are not there yet?
+        for result in read_results(folder):
+            asks_mrm = SEARCHES[result["safety"]].reward_model == "mrm"
+            if mrm not in mrms if asks_mrm else seed not in seeds:
+                results.append(result)
+        seeds.append(seed)
+        mrms.append(mrm)
     summary = summarize(results, None)
     models = {key: Path(first[key]).name for key in ("policy", "mrm_base")}  # without this machine's folders
-    merged = {"arguments": first | models | {"seed": seeds}, "rows": summary}
+    decisive = {"seed": list(dict.fromkeys(seeds)), "mrm": list(dict.fromkeys(mrms))}
+    merged = {"arguments": first | models | decisive, "rows": summary}
     write_file(args.out, json.dumps(merged, indent=1) + "\n")
     if args.plot:
         attack_success(args.plot, summary)

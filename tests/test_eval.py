@@ -230,6 +230,26 @@ def test_runs_of_several_seeds_become_one_table(tmp_path, judge):
             and not (tmp_path / "merged.json").exists())
 
 
+def test_runs_of_several_mrms_become_one_table(tmp_path):
+    """A row of saffron is over the MRMs, one of rebase over the seeds: no reply counts twice."""
+    folders = []
+    for seed, mrm, saffron, rebase in ((0, "a", True, True), (0, "b", False, True), (1, "a", True, False),
+                                       (0, "c", False, True)):
+        folders.append(tmp_path / f"{seed}{mrm}")
+        folders[-1].mkdir()
+        (folders[-1] / "arguments.json").write_text(
+            json.dumps({"seed": str(seed), "mrm": mrm, "policy": "p", "mrm_base": "p"}))
+        reply = {key: 1.0 for key in HARMFUL} | {"width": 4, "row": 0, "prompt": "x", "text": "y"}
+        (folders[-1] / "results.jsonl").write_text("".join(
+            json.dumps(reply | {"safety": safety, "asr": asr, "judge_asr": asr}) + "\n"
+            for safety, asr in (("saffron", saffron), ("rebase", rebase))))
+    status, _, error = run_script("results/merge.py", *folders, "--out", tmp_path / "merged.json")
+    assert status == 0, error
+    rows = {row["safety"]: row for row in json.loads((tmp_path / "merged.json").read_text())["rows"]}
+    assert rows["saffron"]["prompts"] == 3 and rows["saffron"]["asr"] == pytest.approx(1 / 3)
+    assert rows["rebase"]["prompts"] == 2 and rows["rebase"]["asr"] == 0.5
+
+
 @pytest.mark.slow
 def test_a_killed_run_loses_nothing(tmp_path, judge):
     """Killed by the system three times on its way, and started again, it has each reply once."""
