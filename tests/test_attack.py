@@ -109,6 +109,7 @@ def data(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_and_its_continuation(smollm2_folder, data, tmp_path):
     """More tries add to those that are there, and the table has both kinds of requests."""
     def attack(tries):
