@@ -46,7 +46,6 @@ from plumbing.parser import Parser, number
 from plumbing.released import load_mrm
 from plumbing.runs import finish_arguments, read_attacks, read_tries, same_run
 from plumbing.tables import interval
-from plumbing.tokenizer import Prompt
 
 DISTINCT = 0.5                                          # the share of different tokens of a varied reply
 MEASURES = ("guard", "judge", "both", "varied")
@@ -208,12 +207,14 @@ def main():
         for row in rows.values():                               # before the first search, not after hours
             # No text has more tokens than bytes, in whatever spelling.
             text = f"{row['prompt']} {args.suffix or row.get('suffix') or ''}"
-            longest = Prompt([0] * (len(text.encode()) + 8 * SUFFIX_TOKENS), attacker.opening(row, 64))
+            prompt = attacker.prompt(row["prompt"], attacker.opening(row, 64))
+            more = len(text.encode()) + 8 * SUFFIX_TOKENS - len(prompt.user)
             try:
                 for reward_model in dict.fromkeys([models.guard, judge, *models.reward_models.values()]):
-                    options.check_prompt(models.policy, reward_model, longest, args.max_new_tokens)
+                    options.check_prompt(models.policy, reward_model, prompt, args.max_new_tokens + more)
             except BadInput as error:
-                raise BadInput(f"{row['source']}: attacked, {error}") from None
+                raise BadInput(f"{row['source']}: an attack may take {more} tokens more, beside the reply: "
+                               f"{error}") from None
         # 2. The tries, from where an earlier run has stopped.
         results = read_tries(args.out / "results.jsonl")
         same_run(args.out / "arguments.json", args, models, results, processes=1)

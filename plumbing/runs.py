@@ -25,8 +25,9 @@ def read_attacks(paths, attack, suffix, limit, spare_harmless=True):
             source = f"{Path(path).name}, line {line}"
             harmless = row.get("category") == "harmless"
             for key in ["prompt", *needed]:
+                # A harmless row that is attacked gets its response from attacks.Attacker.opening.
                 if harmless and key != "prompt" and (spare_harmless or key == "response"):
-                    continue                                    # attacks.Attacker.opening makes one
+                    continue
                 if not isinstance(row.get(key), str) or not row[key].strip():
                     raise BadInput(f'{path}, line {line}: expected a "{key}", which --attack {attack} needs')
             for key in ("response", "suffix", "category"):

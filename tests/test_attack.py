@@ -135,6 +135,14 @@ def test_a_run_and_its_continuation(smollm2_folder, data, tmp_path):
     assert table == (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_request_that_may_become_too_long_is_named_before_anything_runs(smollm2_folder, tmp_path):
+    """It fits as it is. Scrambled, each of its letters may be a token."""
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "everything " * 1000}) + "\n")
+    status, out, err = run_script("attack.py", "--data", path, "--safety", "none", "--out", tmp_path / "out")
+    assert status == 2 and "long.jsonl, line 1" in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("options, said", [
     (["--tries", "0"], "tries"), (["--attack", "no"], "scramble"), (["--safety", "no"], "expected some of"),
     (["--attack", "prefill"], "which --attack prefill needs"), (["--beta", "-1"], "beta"),

@@ -284,8 +284,10 @@ def hidden_before(llama, context, reply, positions):
 def best_and_others(m, generator):
     """Which of m candidates become siblings, up to SEARCH_SIBLINGS: the first, which is the likeliest, the
     BEST_SIBLINGS with the highest M, others drawn uniformly. Their places, ascending. m: M of each (m,)."""
+    if not len(m):
+        return []
     order = m.sort(descending=True, stable=True).indices.tolist()
-    chosen = {*order[:BEST_SIBLINGS], *range(min(1, len(m)))}
+    chosen = {0, *order[:BEST_SIBLINGS]}
     others = [i for i in torch.randperm(len(m), generator=generator).tolist() if i not in chosen]
     return sorted([*chosen, *others[:SEARCH_SIBLINGS - len(chosen)]])
 
@@ -407,6 +409,8 @@ def main():
         raise BadInput(f"{args.labels} is missing; run data/safety_labels/prepare.py first")
     if bool(args.search_batches) != bool(args.mrm):
         raise BadInput("--search_batches N and --mrm PATH go together: the searches take that MRM")
+    if args.attack != "none" and not args.search_batches:
+        raise BadInput(f"--attack {args.attack} is of --search_batches, of which there are none")
     if args.ordinary_batches and args.synthetic < 1:
         raise BadInput(f"--synthetic is {args.synthetic}, but it must be at least 1")
     if not args.out.is_dir():
@@ -429,7 +433,7 @@ def main():
     if args.refused_batches and not turns:
         raise BadInput(f"{args.labels} has no rows of the source `turned`, which --refused_batches needs")
     kinds = {}
-    if args.search_batches:
+    if args.search_batches:     # read before the policy makes up requests, which takes minutes
         # With --hh_replies all, the test split is held out.
         pairs = read_hh(args.local, "train" if args.hh_replies == "all" else "test")
         kinds = {"harmful": list(requests), "dialogue": first_turns(pairs)}
