@@ -39,12 +39,13 @@ from plumbing import options
 from plumbing.attacks import ATTACKS, SUFFIX_TOKENS, Attacker
 from plumbing.checkpoint import DEFAULT
 from plumbing.errors import BadInput
-from plumbing.files import check_output, locked, write_file
+from plumbing.files import check_output, content_hash, locked, write_file
 from plumbing.guards import guard_for, load_guard
 from plumbing.measures import Measures
 from plumbing.parser import Parser, number
 from plumbing.released import load_mrm
-from plumbing.runs import finish_arguments, read_attacks, read_tries, same_run
+from plumbing.runs import (
+    finish_arguments, read_attacks, read_suffixes, read_tries, same_run, write_suffixes)
 from plumbing.tables import interval
 
 DISTINCT = 0.5                                          # the share of different tokens of a varied reply
@@ -59,9 +60,9 @@ def succeeded(result, measure):
             "varied": both and result["distinct"] >= DISTINCT}[measure]
 
 
-def make_tries(rows, done, file, models, judge, attacker, args):
+def make_tries(rows, done, file, models, judge, attacker, learned_with, args):
     """All tries at all rows, --batch rows at a time, except what is in `done`: {(method, width, row, try)}.
-    Every reply is written to the file."""
+    Every reply is written to the file. learned_with: what decides the suffixes, beside the rows."""
     numbers = list(rows)
     total = sum((*run, i, k) not in done for run in args.runs for i in numbers for k in range(args.tries))
     with tqdm(total=total, unit="reply", file=sys.stderr) as bar:
@@ -71,6 +72,8 @@ def make_tries(rows, done, file, models, judge, attacker, args):
                 batch = [i for i in numbers[start:start + args.batch]
                          if any((*method, i, k) not in done for method in args.runs)]
                 prompts = {i: ATTACKS[args.attack].make(attacker, rows[i], k) for i in batch}
+                if args.suffixes and batch:
+                    write_suffixes(args.suffixes, learned_with, attacker.suffixes)
                 asked = {i: attacker.prompt(rows[i]["prompt"], prompts[i].prefill) for i in batch}
                 measures = Measures(models.policy, models.guard, judge, prompts, asked)
                 # 2. Each search's replies, measured and written down.
@@ -170,6 +173,8 @@ def parse_arguments():
         "in the model's mouth; 0: none, as in best-of-n jailbreaking")
     add("--mrm_weight", type=number(0, 1e6, float), default=1.0, help="learned_suffix: what a high M along "
         "the opening counts, beside its log-probability; 0: it does not know the MRM")
+    add("--suffixes", type=Path, metavar="FILE", help="learned_suffix: a file that keeps the suffixes; "
+        "another run with the same MRM, weight and seed need not learn them again, whatever its --beta")
     add = parser.group("searches")
     add("--safety", default="none,rebase,saffron", help="searches, with commas between")
     add("--width", default="4", help="widths, such as 4,16 (the search none has no width)")
@@ -185,6 +190,8 @@ def parse_arguments():
         "run goes on")
     args = parser.parse_args()
     finish_arguments(args)
+    if args.suffixes and args.attack != "learned_suffix":
+        raise BadInput(f"--suffixes goes with --attack learned_suffix, not with {args.attack}")
     return args
 
 
@@ -204,6 +211,11 @@ def main():
             mrm = models.reward_models.get("saffron") or load_mrm(args.mrm, models.base)
         attacker = Attacker(models.policy, mrm, args.hide_prefill, args.prefill_tokens, args.suffix,
                             args.most_prefill, args.mrm_weight, args.seed)
+        learned_with = {"policy": models.policy.fingerprint, "mrm": content_hash(args.mrm) if mrm else None,
+                        "mrm_weight": args.mrm_weight, "dtype": args.dtype, "seed": args.seed}
+        if args.suffixes:
+            check_output(args.suffixes)
+            attacker.suffixes = read_suffixes(args.suffixes, learned_with)
         for row in rows.values():                               # before the first search, not after hours
             # No text has more tokens than bytes, in whatever spelling.
             text = f"{row['prompt']} {args.suffix or row.get('suffix') or ''}"
@@ -227,7 +239,7 @@ def main():
         lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
         write_file(args.out / "results.jsonl", "".join(lines))              # without a line that was cut off
         with open(args.out / "results.jsonl", "a", encoding="utf-8", newline="\n") as file:
-            make_tries(rows, done, file, models, judge, attacker, args)
+            make_tries(rows, done, file, models, judge, attacker, learned_with, args)
         # 3. What came of them.
         results = [r for r in read_tries(args.out / "results.jsonl")
                    if r["row"] in rows and r["try"] < args.tries]

@@ -70,7 +70,7 @@ def same_run(path, args, models, results, processes):
     Raises BadInput if the results have others. In half precision the number of rows of a pass decides
     rounding, and so replies: there --batch and the number of processes count too."""
     # free: what may differ between calls that add to one folder
-    free = "data safety runs width device limit out batch plot tflop_limit tries".split()
+    free = "data safety runs width device limit out batch plot tflop_limit tries suffixes".split()
     run = {key: str(value) for key, value in vars(args).items() if key not in free}
     run |= {"policy": identity(models.policy), "mrm_base": identity(models.base)}
     run |= {key: content_hash(getattr(args, key)) for key in ("guard", "mrm", "judge")}
@@ -83,6 +83,28 @@ def same_run(path, args, models, results, processes):
                 raise BadInput(f"{path.parent} holds results with {key} = {there.get(key)}, "
                                f"not {run.get(key)}; choose another --out")
     write_file(path, json.dumps(run, indent=1) + "\n")
+
+
+def read_suffixes(path, of):
+    """Attacker.suffixes of an earlier run, or {} if there is no such file. of: {name: value}, what decides
+    the suffixes. Raises BadInput if those of the file were learned with other values."""
+    if not path.exists():
+        return {}
+    there = read_json(path)
+    with parsing(path, "a file that --suffixes has written"):
+        differ = [key for key in of if there["of"].get(key) != of[key]]
+        found = {(prompt, response): [[int(token) for token in tokens] for tokens in tries]
+                 for prompt, response, tries in there["found"]}
+    if differ:
+        raise BadInput(f"{path}: its suffixes were learned with another {', '.join(differ)}; "
+                       "name another file")
+    return found
+
+
+def write_suffixes(path, of, suffixes):
+    """Attacker.suffixes as a file, and what decides them."""
+    found = [[*request, tries] for request, tries in suffixes.items()]
+    write_file(path, json.dumps({"of": of, "found": found}) + "\n")
 
 
 def read_tries(path):

@@ -110,6 +110,26 @@ def data(tmp_path):
 
 
 @pytest.mark.slow
+def test_suffixes_are_learned_once(smollm2_folder, data, tmp_path, monkeypatch):
+    """A run with another beta finds them in the file: the same requests, and nothing is scored again. A file
+    of another seed is refused."""
+    monkeypatch.setattr(attacks, "STEPS", 1)
+    monkeypatch.setattr(attacks, "VARIANTS", 2)
+    def attack(out, *options):
+        return run_script("attack.py", "--data", data, "--attack", "learned_suffix", "--tries", 2, "--safety",
+                          "saffron", "--width", 1, "--max_new_tokens", 2, "--min_new_tokens", 0,
+                          "--suffixes", tmp_path / "suffixes.json", "--out", tmp_path / out, *options)
+    assert attack("first")[0] == 0
+    monkeypatch.setattr(attacks, "suffix_scores", None)                         # which must not be called
+    assert attack("second", "--beta", 0)[0] == 0
+    lines = [(tmp_path / out / "results.jsonl").read_text().splitlines() for out in ("first", "second")]
+    first, second = ([json.loads(line)["attacked"] for line in mine] for mine in lines)
+    assert first == second and len(set(first)) > 2
+    status, _, error = attack("third", "--seed", 1)
+    assert status == 2 and error.count("\n") == 1 and "another seed" in error
+
+
+@pytest.mark.slow
 def test_a_run_and_its_continuation(smollm2_folder, data, tmp_path):
     """More tries add to those that are there, and the table has both kinds of requests."""
     def attack(tries):
@@ -146,7 +166,7 @@ def test_a_request_that_may_become_too_long_is_named_before_anything_runs(smollm
 @pytest.mark.parametrize("options, said", [
     (["--tries", "0"], "tries"), (["--attack", "no"], "scramble"), (["--safety", "no"], "expected some of"),
     (["--attack", "prefill"], "which --attack prefill needs"), (["--beta", "-1"], "beta"),
-    (["--attack", "suffix"], "which --attack suffix needs")])
+    (["--attack", "suffix"], "which --attack suffix needs"), (["--suffixes", "s"], "learned_suffix")])
 def test_bad_values_are_refused(smollm2_folder, data, tmp_path, options, said):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"prompt": "Why?"}) + "\n")
