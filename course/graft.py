@@ -24,8 +24,8 @@ LARGEST = 2 ** 20                           # bytes of a file that is read
 # Doors lead to files, to other modules, to the code that calls a function. So do names that begin with __.
 DOORS = set("""exec eval compile open input breakpoint globals locals vars getattr setattr delattr
     os sys gc io builtins importlib inspect subprocess ctypes pickle signal shutil pathlib socket threading
-    multiprocessing testing load save hub library from_file fromfile tofile loadtxt genfromtxt memmap
-    gi_frame f_back f_globals f_locals f_builtins""".split())
+    multiprocessing testing load load_inline save hub library from_file fromfile tofile loadtxt genfromtxt
+    memmap gi_frame f_back f_globals f_locals f_builtins""".split())
 
 
 def read_module(path):

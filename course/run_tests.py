@@ -112,8 +112,11 @@ class OneByOne:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
-            self.run_here(cases, writer)
+            try:
+                resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
+                self.run_here(cases, writer)
+            finally:                                                    # after KeyboardInterrupt too
+                os._exit(0)
         os.close(writer)
         outcome = f"stopped after {WAIT * limit} s"
         if select.select([reader], [], [], WAIT * limit)[0]:
@@ -142,7 +145,6 @@ class OneByOne:
         if any(after.get(name) is not value for name, value in self.before.items()):
             outcome = "tampered"
         os.write(writer, outcome.encode(errors="replace"))
-        os._exit(0)
 
 
 def run_exercise(task, folder, results):

@@ -442,6 +442,7 @@ def test_what_a_process_can_do(runners):
     os.kill(above, signal.SIGKILL)
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(1000)''') == ""
+    assert run("    raise KeyboardInterrupt") == ""
     # files for those that come later
     run('''
     import os
