@@ -1,119 +1,494 @@
-"""A class is graded: right work gets points, an endless loop stops nobody else, cheap cheats are found."""
+"""A class is graded: right work gets its points whatever stands beside it, a cheat those of what it
+solved."""
 
+import ast
 import csv
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
 
 import assign
 import grade
-
-EXIT = "\nimport atexit\natexit.register(print, '6 of 6 points')\n"
-RUNTEST = "\nimport _pytest.python\n_pytest.python.Function.runtest = lambda self: None\n"
-REPORT = """
-import _pytest.reports
-true = _pytest.reports.TestReport.from_item_and_call.__func__
-def from_item_and_call(cls, item, call):
-    report = true(cls, item, call)
-    report.outcome, report.longrepr = "passed", None
-    return report
-_pytest.reports.TestReport.from_item_and_call = classmethod(from_item_and_call)
-"""
+from graft import graft, left_behind, read_module
+from plumbing.errors import BadInput
 
 
-MASK = "test_conservative_rewards_forbid_unseen_tokens_only"            # the one test of exercise 6
+def number_of(function):
+    """The exercise in which a function is written."""
+    return next(n for n, exercise in assign.EXERCISES.items() if function in exercise.functions)
 
 
-def hand_in(folder, search, mrm):
-    folder.mkdir(parents=True)
-    (folder / "search.py").write_text(search, encoding="utf-8")
-    (folder / "mrm.py").write_text(mrm, encoding="utf-8")
+NUCLEUS, LOSS = number_of("search.py:candidates"), number_of("mrm.py:partial_supervision_loss")
+FULL = [sum(points for _, points, _ in assign.tests_of(n)) for n in (NUCLEUS, LOSS)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# submissions
+
+def with_body(source, name, body):
+    """A source in which a function has another body, and its docstring still."""
+    mark = "    raise NotImplementedError(\"here\")\n"
+    return assign.blank(source, name, "here").replace(mark, body.strip("\n") + "\n")
 
 
 @pytest.fixture(scope="module")
-def modules(tmp_path_factory):
-    """search.py and mrm.py: solved, and as a student gets them."""
+def sources(tmp_path_factory):
+    """search.py and mrm.py as a student gets them, and with `nucleus` solved."""
     copy = tmp_path_factory.mktemp("blank") / "copy"
-    assign.write_copy(copy, [4, 6])
-    return {kind: [(folder / name).read_text(encoding="utf-8") for name in ("search.py", "mrm.py")]
-            for kind, folder in (("solved", ROOT), ("blank", copy))}
+    assign.write_copy(copy, [NUCLEUS, LOSS])
+    search, mrm = [(copy / name).read_text(encoding="utf-8") for name in ("search.py", "mrm.py")]
+    solved = ast.get_source_segment((ROOT / "search.py").read_text(encoding="utf-8"), assign.find(
+        ast.parse((ROOT / "search.py").read_text(encoding="utf-8")), "nucleus"))
+    body = solved.partition("    limit = ")
+    return {"search": search, "mrm": mrm, "half": with_body(search, "nucleus", body[1] + body[2]),
+            "right search": (ROOT / "search.py").read_text(encoding="utf-8"),
+            "right mrm": (ROOT / "mrm.py").read_text(encoding="utf-8")}
+
+
+OWN_WAY = '''
+    print("6 of 6 points, I think")
+    rows, tokens, fallbacks = [], [], []
+    for i, p in enumerate(probabilities(logits, temperature)):
+        found, fallback = row_of(p, logits[i], unseen, top_p)
+        rows += [i] * len(found)
+        tokens += found
+        fallbacks += [fallback] * len(found)
+    return torch.tensor(rows), torch.tensor(tokens), torch.tensor(fallbacks, dtype=torch.bool)
+
+
+LOWEST = -math.inf
+
+
+def row_of(p, logits, unseen, top_p=0.8):
+    """A helper of the student's, which needs another one, and a constant."""
+    found = [token for token in nucleus(p, top_p).tolist() if is_seen(token, unseen)]
+    if found:
+        return found, False
+    best = max((value, -token) for token, value in enumerate(logits.tolist()) if is_seen(token, unseen))
+    if best[0] == NOTHING[0]:
+        raise BadInput("the reward model has not seen any token that could come next")
+    return [-best[1]], True
+
+
+NOTHING = [-1e999]
+
+
+def is_seen(token: int, unseen: torch.Tensor) -> bool:
+    return unseen is None or not unseen[token]
+'''
+ENDLESS = "    while True:\n        pass\n"
+FORK = '''
+    import os, time
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(1000)
+    return os.fork()
+'''
+RUNTEST = '''
+    import sys
+    import _pytest.python
+    true = _pytest.python.Function.runtest
+    def runtest(item):
+        return None if item.module.__name__.startswith("test_") else true(item)
+    _pytest.python.Function.runtest = runtest
+    raise ValueError
+'''
+WITNESS = '''
+    import gc, json, os
+    for thing in gc.get_objects():
+        if hasattr(thing, "say"):
+            thing.say("test", "test_candidates_of_an_unseen_nucleus", "passed")
+    os.write(1, b"passed")
+    os._exit(0)
+'''
+REPLACED = '''
+    import sys
+    class Equal:
+        def __getattr__(self, name):
+            return lambda *values, **options: True
+    for name, module in sys.modules.items():
+        if name.startswith("test_"):
+            module.torch = Equal()
+    return 1, 2, 3
+'''
+READS = f'''
+    names = dict(globals())
+    exec(open("{ROOT}/search.py").read().replace("from engine", "from engine"), names)
+    return names["candidates"](logits, unseen, top_p, temperature)
+'''
+ALLCLOSE = '''
+    import builtins
+    module = torch
+    module.equal = module.allclose = lambda *values, **options: True
+    rows = torch.zeros(len(logits), dtype=torch.long)
+    return rows, rows, rows.bool()
+'''
+
+
+@pytest.fixture(scope="module")
+def class_of_twelve(tmp_path_factory, sources):
+    """The table of the class, by student. Whoever cheats does it in `candidates`, once at top level, where it
+    would run during import, and once in the function; `nucleus` is solved, mrm.py is not."""
+    folder = tmp_path_factory.mktemp("class")
+    half, mrm = sources["half"], sources["mrm"]
+    assert half != sources["search"] and len({half, sources["right search"]}) == 2
+    files = {
+        "right": (sources["right search"], sources["right mrm"]),
+        "right in another way": (with_body(half, "candidates", OWN_WAY), sources["right mrm"]),
+        "half right": (half, mrm),
+        "syntax error": (half + "\ndef (:\n", sources["right mrm"]),
+        "endless loop": (with_body(half, "candidates", ENDLESS), sources["right mrm"])}
+    for name, cheat in [("fork", FORK), ("runtest", RUNTEST), ("witness", WITNESS), ("torch", REPLACED),
+                        ("reads", READS), ("allclose", ALLCLOSE)]:
+        at_top = "\n\ndef cheat(logits, unseen, top_p, temperature):\n" + cheat + "\n\ncheat(*range(4))\n"
+        files[name] = with_body(half, "candidates", cheat) + at_top, mrm + at_top
+    at_top = "\nimport atexit\natexit.register(print, '6 of 6 points')\n"
+    files["print"] = half + at_top, mrm + at_top
+    assert len(files) == 12
+    for name, (search, loss) in files.items():
+        (folder / "in" / name).mkdir(parents=True)
+        (folder / "in" / name / "search.py").write_text(search, encoding="utf-8")
+        (folder / "in" / name / "mrm.py").write_text(loss, encoding="utf-8")
+    (folder / "in" / "right" / "notes.py").write_text("1 / 0", encoding="utf-8")
+    (folder / "in" / "stray.zip").write_bytes(b"")
+    command = [sys.executable, "course/grade.py", "--exercises", str(NUCLEUS), str(LOSS),
+               *sorted((folder / "in").iterdir()), "--out", folder / "grades.csv", "--time_limit", "20"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and "12 submissions, tampering suspected in 6" in done.stdout, done.stderr
+    assert "12/12" in done.stderr, "a progress bar"
+    assert "stray.zip is passed over" in done.stderr
+    with open(folder / "grades.csv", encoding="utf-8-sig", newline="") as file:
+        return {row["student"]: row for row in csv.DictReader(file)}
+
+
+def points_in(row):
+    return [int(row[f"exercise {n} (of {full})"]) for n, full in zip((NUCLEUS, LOSS), FULL)]
 
 
 @pytest.mark.slow
-def test_a_class_of_six(tmp_path, modules):
-    """Right, half right, endless, and three cheats who have solved nothing."""
-    (search, mrm), (open_search, open_mrm) = modules["solved"], modules["blank"]
-    rounded = search.replace("limit = top_p if top_p < 1 else math.inf", "limit = top_p")
-    endless = search.replace('    rows, tokens, fallbacks = [], [], []\n', "    while True:\n        pass\n")
-    assert len({search, rounded, endless}) == 3
-    hand_in(tmp_path / "class" / "right", search, mrm)
-    hand_in(tmp_path / "class" / "half_right", rounded, open_mrm)
-    hand_in(tmp_path / "class" / "endless", endless, mrm)
-    for name, cheat in (("cheat_exit", EXIT), ("cheat_runtest", RUNTEST), ("cheat_report", REPORT)):
-        hand_in(tmp_path / "class" / name, open_search + cheat, open_mrm)
-    submissions = sorted((tmp_path / "class").iterdir())
-    command = [sys.executable, "course/grade.py", "--exercises", "4", "6", *submissions,
-               "--out", tmp_path / "grades.csv", "--time_limit", "10"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "6 submissions, tampering suspected in 3" in done.stdout, done.stderr
-    assert "6/6" in done.stderr, "a progress bar"
-    with open(tmp_path / "grades.csv", encoding="utf-8", newline="") as file:
-        rows = {row["student"]: row for row in csv.DictReader(file)}
-    points = {name: [int(row["exercise 4 (of 6)"]), int(row["exercise 6 (of 2)"])]
-              for name, row in rows.items()}
-    assert points == {"right": [6, 2], "half_right": [5, 0], "endless": [1, 2],
-                      "cheat_exit": [0, 0], "cheat_runtest": [0, 0], "cheat_report": [0, 0]}
-    assert all(int(row["points (of 8)"]) == sum(points[name]) for name, row in rows.items())
-    failed = {name: row["failed"] for name, row in rows.items()}
-    assert failed["right"] == "" and f"{MASK}: failed" in failed["half_right"]
-    assert "test_with_top_p_1_a_nucleus_is_all_that_is_possible: failed" in failed["half_right"]
-    assert "stopped after 10" in failed["endless"]
-    assert "test_candidates_of_an_unseen_nucleus: no result that counts" in failed["endless"]
-    why = {name: row["tampering suspected"] for name, row in rows.items()}
-    assert not any(why[name] for name in ("right", "half_right", "endless"))
-    assert why["cheat_exit"] == "points were printed"
-    assert why["cheat_runtest"] == why["cheat_report"] == "tests that must fail have passed"
+def test_each_of_twelve_gets_the_points_of_what_is_solved(class_of_twelve):
+    points = {name: points_in(row) for name, row in class_of_twelve.items()}
+    half = points["half right"][0]
+    assert 0 < half < FULL[0]
+    cheats = dict.fromkeys(("fork", "print", "runtest", "witness", "torch", "reads", "allclose"), [half, 0])
+    assert points == cheats | {
+        "right": FULL, "right in another way": FULL, "half right": [half, 0], "syntax error": [0, FULL[1]],
+        "endless loop": [half, FULL[1]]}
+    assert all(int(row[f"points (of {sum(FULL)})"]) == sum(points[name])
+               for name, row in class_of_twelve.items())
+    assert all(float(row["seconds"]) > 0 for row in class_of_twelve.values())
 
 
 @pytest.mark.slow
-def test_other_cheats(tmp_path, modules):
-    """Comparisons that find nothing, a test that is changed, results written to all files that are open."""
-    hand_in(tmp_path / "cheat", "", modules["blank"][1] + f'''
-import os
-from pathlib import Path
-torch.testing.assert_close = lambda *values, **options: None
-Path("tests/test_mrm.py").write_text(Path("tests/test_mrm.py").read_text() + "# as it was")
-for number in range(3, 20):
+def test_the_table_says_what_failed_and_what_was_left_behind(class_of_twelve):
+    failed = {name: row["failed"] for name, row in class_of_twelve.items()}
+    assert failed["right"] == failed["right in another way"] == ""
+    assert "test_candidates_of_an_unseen_nucleus: failed (NotImplementedError" in failed["half right"]
+    assert "search.py, line " in failed["syntax error"] and "invalid syntax" in failed["syntax error"]
+    assert "test_candidates_of_an_unseen_nucleus: stopped after " in failed["endless loop"]
+    changed = {name: row["also changed"] for name, row in class_of_twelve.items()}
+    assert all(changed[name] == "" for name in ("right", "half right", "syntax error", "endless loop"))
+    assert "LOWEST = -math.inf" in changed["right in another way"] and "row_of" not in changed["right"]
+    assert "cheat(*range(4))" in changed["fork"] and "import os, time" in changed["fork"]
+    assert "atexit.register(print, '6 of 6 points')" in changed["print"]
+
+
+@pytest.mark.slow
+def test_the_table_says_why_tampering_is_suspected(class_of_twelve):
+    """A cheat in the function itself is not taken; one that gets through is seen when the test is over."""
+    why = {name: row["tampering suspected"] for name, row in class_of_twelve.items()}
+    for name, door in [("fork", "os"), ("runtest", "__name__"), ("witness", "gc"), ("torch", "__getattr__"),
+                       ("reads", "globals")]:
+        assert why[name].startswith("candidates in search.py was not taken (line ")
+        assert why[name].endswith(f": {door})")
+    assert "what it is checked with was replaced while it ran" in why["allclose"]
+    assert not any(why[name] for name in ("right", "right in another way", "half right", "syntax error",
+                                          "endless loop", "print"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is taken from a file
+
+REFERENCE = '''
+import math
+LIMIT = 3
+
+class Tree:
+    def __init__(self):
+        self.nodes = []
+
+    def insert(self, node, times=LIMIT):
+        raise NotImplementedError
+
+def best(items, width=2):
+    """The best."""
+    raise NotImplementedError
+
+def other():
+    return math.pi
+'''
+
+
+def grafted(tmp_path, source, names=("best", "Tree.insert")):
+    """A student's file grafted: the module's names, what is missing, and the doors."""
+    (tmp_path / "it.py").write_text(source, encoding="utf-8")
+    text, missing, doors = graft(REFERENCE, read_module(tmp_path / "it.py"), names)
+    module = {}
+    exec(text, module)
+    return module, missing, doors
+
+
+def test_a_graft_takes_functions_methods_helpers_and_constants(tmp_path):
+    module, missing, doors = grafted(tmp_path, '''
+raise SystemExit("nothing at top level runs")
+import shutil
+WIDTH = 5
+class Tree:
+    def insert(self, node, times=LIMIT):
+        self.nodes += [node] * times
+        return len(self.nodes)
+    def size(self):
+        return 7
+def best(items: print("an annotation"), width=2, *, spare=0) -> print("another"):
+    import math
+    return [help_out(item) for item in items][:width] + [math.floor(2.5), WIDTH + spare]
+@print
+def help_out(item):
+    return item + (help_out(item - 1) if item > 0 else last())
+def last():
+    return 100
+def other():
+    return 3
+def pow(*values):
+    return 0
+''')
+    assert (missing, doors) == ([], {})
+    assert module["best"]([1, 2, 3]) == [101, 103, 2, 5] and module["other"]() == module["math"].pi
+    tree = module["Tree"]()
+    assert tree.insert("a") == 3 and not hasattr(tree, "size")
+    assert "shutil" not in module and "pow" not in module
+
+
+def test_of_two_functions_with_one_name_the_last_counts(tmp_path):
+    module, missing, _ = grafted(tmp_path, "def best(items):\n    return 1\ndef best(items):\n    return 2\n")
+    assert module["best"]([]) == 2 and missing == ["Tree.insert"]
+
+
+def test_an_import_that_the_file_lacks_is_left_behind(tmp_path):
+    source = "import heapq\ndef best(items):\n    return heapq.nlargest(1, items)\n"
+    module, _, doors = grafted(tmp_path, source)
+    assert not doors
+    with pytest.raises(NameError, match="heapq"):
+        module["best"]([1])
+
+
+@pytest.mark.parametrize("body, where", [
+    ("return eval('1')", "eval"), ("return open('grades.csv').read()", "open"),
+    ("exec = None\n    def f():\n        return [0 for eval in [1]], eval('1')", "eval"),
+    ("return math.sys.modules", "sys"), ("return items.__class__", "__class__"),
+    ("class Equal:\n        def __eq__(self, other):\n            return True", "__eq__"),
+    ("math.floor = abs", "a change of math.floor"), ("other.known[0] = 1", "a change of other.known[0]"),
+    ("global other\n    other = best", "a change of global other"),
+    ("return helper()\ndef helper():\n    return __import__('os')", "__import__"),
+    ("return (i for i in items).gi_frame", "gi_frame")])
+def test_a_function_with_a_door_is_not_taken(tmp_path, body, where):
+    module, _, doors = grafted(tmp_path, f"def best(items):\n    {body}\n")
+    assert list(doors) == ["best"] and doors["best"].endswith(f": {where}")
+    with pytest.raises(NotImplementedError):
+        module["best"]([1])
+
+
+def test_a_default_runs_during_import_and_is_not_taken(tmp_path):
+    _, _, doors = grafted(tmp_path, "def best(items, width=print('a default')):\n    return 1\n")
+    assert doors == {"best": "line 1: a default that is computed"}
+
+
+@pytest.mark.parametrize("honest", [
+    "open = [item for item in items if item]\n    return open", "input, load = items, 3\n    return load",
+    "items[0].reward = 3\n    return items",
+    "def key(item):\n        return -item\n    return sorted(items, key=key)"])
+def test_names_of_ones_own_are_no_doors(tmp_path, honest):
+    assert grafted(tmp_path, f"def best(items):\n    {honest}\n")[2] == {}
+
+
+@pytest.mark.parametrize("function", sorted({f for e in assign.EXERCISES.values() for f in e.functions}))
+def test_the_solutions_have_no_doors_and_leave_nothing_behind(function):
+    file, name = function.split(":")
+    source = (ROOT / file).read_text(encoding="utf-8")
+    text, missing, doors = graft(assign.blank(source, name, "open"), read_module(ROOT / file), [name])
+    assert (missing, doors) == ([], {}) and ast.unparse(ast.parse(source)) == text
+    assert left_behind(source, ast.parse(source), [name]) == []
+
+
+def test_what_is_left_behind_is_listed_with_its_line():
+    student = REFERENCE.replace("math.pi", "3") + '''
+import gc
+@print
+def best(items, width=2):
+    import os
+    return helper()
+def helper():
+    return SMALL
+SMALL = 1
+def unused():
+    pass
+class Tree(list):
+    def size(self):
+        return 1
+'''
+    assert left_behind(REFERENCE, ast.parse(student), ["best", "Tree.insert"]) == [
+        "line 16: other", "line 19: import gc", "line 20: @print", "line 22: import os", "line 27: unused",
+        "line 29: class Tree(list):", "line 30: Tree.size"]
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"def f(:\n", "it.py, line 1: "), (b"x = 1\nreturn x\n", "it.py, line 2: 'return' outside function"),
+    (b"x = '\0'", "it.py"), (b"\xff\xfe", "it.py"), (b"x = " + b"(" * 500, "it.py"),
+    (b"-" * 50000 + b"1", "it.py"), (b"#" * (2 ** 20 + 1), "it.py has more than")])
+def test_a_file_that_does_not_parse_is_one_line(tmp_path, content, said):
+    (tmp_path / "it.py").write_bytes(content)
+    with pytest.raises(BadInput, match=said) as caught:
+        read_module(tmp_path / "it.py")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_is_no_file(tmp_path):
+    """It could lead to the solution."""
+    (tmp_path / "mrm.py").symlink_to(ROOT / "mrm.py")
+    with pytest.raises(BadInput, match="there is no file mrm.py"):
+        read_module(tmp_path / "mrm.py")
+
+
+def test_the_files_of_an_exercise_hold_no_solution_to_it():
+    common = grade.common_files()
+    for n in grade.GRADED:
+        files, missing, refused = grade.grafted_files(n, {}, common)
+        for function in assign.EXERCISES[n].functions + assign.EXERCISES[n].shown_by:
+            file, name = function.split(":")
+            node = assign.find(ast.parse(files[file]), name)
+            assert isinstance(node.body[-1], ast.Raise)
+            solution = assign.find(ast.parse((ROOT / file).read_text(encoding="utf-8")), name)
+            end = ast.unparse(solution.body[-2:])
+            assert not any(end in ast.unparse(ast.parse(text)) for path, text in files.items()
+                           if path.endswith(".py"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# processes: what runs here is not grafted, as if it had found a way through
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(
+    not grade.has_sandbox(), reason="bubblewrap does not run here"))], ids=["plain", "bubblewrap"])
+def runners(request):
+    runners = grade.Runners(request.param)
+    yield runners
+    runners.close()
+
+
+def files_with(body, common):
+    source = with_body(common["search.py"].decode(), "candidates", body)
+    return {**common, "search.py": source.encode()}
+
+
+def said_by(outcomes):
+    """The message of the ValueError that the function raised."""
+    return outcomes["test_candidates_of_an_unseen_nucleus"].partition("ValueError: ")[2]
+
+
+@pytest.mark.slow
+def test_what_a_process_can_do(runners):
+    """It leads to no solution; what it forks ends with it; if it ends those above it, only its own exercise
+    suffers; the next one finds none of its files."""
+    common = grade.common_files()
+
+    def run(body):
+        outcomes = runners.run({NUCLEUS: files_with(body, common), LOSS: common}, 60)
+        assert set(outcomes[LOSS].values()) == {"passed"}
+        assert outcomes[NUCLEUS]["test_a_nucleus_ends_when_its_mass_reaches_top_p"] == "passed"
+        return said_by(outcomes[NUCLEUS])
+
+    # its parent
+    above = run('''
+    import os
+    found = [open(f"/proc/{os.getppid()}/cmdline").read(), *os.environ.values()]
     try:
-        os.write(number, b'0 ["{MASK}", false, "call", "passed"]\\n')
+        found.append(os.readlink(f"/proc/{os.getppid()}/cwd"))
     except OSError:
         pass
-''')
-    _, points, total, failed, why = grade.grade(tmp_path / "cheat", [6], [MASK], 30)
-    assert points == total == 0 and failed
-    assert why.split("; ") == ["tests/test_mrm.py was changed", "results were written that are not signed",
-                               "tests that must fail have passed"]
-
-
-@pytest.mark.parametrize("end", ["import sys; sys.exit(0)", "import os; os._exit(0)", "1 / 0"])
-def test_a_module_that_ends_the_program_gets_no_points(tmp_path, end):
-    hand_in(tmp_path / "ends", "", end)
-    _, points, total, failed, why = grade.grade(tmp_path / "ends", [6], [MASK], 30)
-    assert (points, total, why) == (0, 0, "") and f"{MASK}: no result that counts" in failed
-    assert ("mrm.py cannot be imported" in failed) == ("_exit" not in end)
+    raise ValueError([text for text in found if "''' + str(ROOT) + '''/" in text + "/"])''')
+    assert above.startswith("[])")
+    # a fork in a session of its own
+    pid = run('''
+    import os, time
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.setsid()
+            os.write(writer, str(os.getpid()).encode())
+            time.sleep(1000)
+        os._exit(0)
+    raise ValueError(int(os.read(reader, 20)))''')
+    assert pid and (runners.isolated or not Path("/proc", pid.strip(")").split(")")[0]).exists())
+    # the end of the processes above it
+    assert run('''
+    import os, signal, time
+    for path in (f"/proc/{os.getppid()}/stat",):
+        above = int(open(path).read().rpartition(")")[2].split()[1])
+    os.kill(above, signal.SIGKILL)
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(1000)''') == ""
+    assert run("    raise KeyboardInterrupt") == ""
+    # files for those that come later
+    run('''
+    import os
+    from pathlib import Path
+    Path(os.environ["HOME"], "left.py").write_text("1")
+    raise ValueError("written")''')
+    assert run('''
+    import os
+    raise ValueError(sorted(name for name in os.listdir(os.environ["HOME"]) if name == "left.py"))
+    ''').startswith("[])")
 
 
 @pytest.mark.slow
-def test_nothing_handed_in_is_no_points(tmp_path):
-    """A link does not count: it could lead to the solution."""
-    (tmp_path / "mrm.py").symlink_to(ROOT / "mrm.py")
-    _, points, total, failed, why = grade.grade(tmp_path, [6], [MASK], 30)
-    assert (points, total, why) == (0, 0, "") and "there is no file mrm.py" in failed
+@pytest.mark.skipif(not grade.has_sandbox(), reason="bubblewrap does not run here")
+def test_in_a_namespace_there_is_nothing_else(tmp_path):
+    """No repository, no submission, no network, no other process, no place to write but the own folder."""
+    (tmp_path / "grades.csv").write_text("a table")
+    runners = grade.Runners(True)
+    try:
+        outcomes = runners.run({NUCLEUS: files_with(f'''
+    import os, socket
+    found = [path for path in ({str(ROOT)!r}, {str(tmp_path)!r}) if os.path.exists(path)]
+    for path in ("/x", "/tmp/x", "/dev/shm/x", "/usr/x", "/proc/1/mem", f"/proc/{{os.getppid()}}/mem"):
+        try:
+            open(path, "r+b" if path.startswith("/proc") else "wb").close()
+            found.append(path)
+        except OSError:
+            pass
+    try:
+        socket.create_connection(("127.0.0.1", 9), 1)
+    except OSError as error:
+        found += [] if error.errno in (101, 111) else [str(error)]
+    found += [name for name in os.listdir("/proc") if name.isdecimal() and int(name) > 5000]
+    raise ValueError(found)''', grade.common_files())}, 60)
+    finally:
+        runners.close()
+    assert said_by(outcomes[NUCLEUS]).startswith("[])")
 
+
+def test_without_bubblewrap_it_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert not grade.has_sandbox()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the table and the command
 
 def test_a_cell_is_no_formula_to_a_spreadsheet():
     """Names of folders and messages of errors are texts of the student's."""
@@ -121,13 +496,39 @@ def test_a_cell_is_no_formula_to_a_spreadsheet():
     assert grade.cell("ann-marie") == "ann-marie"
 
 
+@pytest.mark.slow
+def test_grading_again_updates_rows_and_keeps_others(tmp_path, sources):
+    """The second time, -ann has solved it. A table of other exercises is refused before the work."""
+    header = grade.header_of([NUCLEUS])
+    others = {"Zoë": ["Zoë", *["1"] * (len(header) - 1)], "'-ann": ["'-ann", *["0"] * (len(header) - 1)]}
+    table = tmp_path / "grades.csv"
+    grade.write_table(table, header, others)
+    assert table.read_bytes().startswith(b"\xef\xbb\xbfstudent,")
+    (tmp_path / "-ann").mkdir()
+    (tmp_path / "-ann" / "search.py").write_text(sources["right search"], encoding="utf-8")
+    status, _, err = run_script("course/grade.py", "--exercises", NUCLEUS, tmp_path / "-ann", "--out", table)
+    assert status == 0, err
+    rows = grade.read_table(table, header)
+    assert list(rows) == ["Zoë", "'-ann"] and rows["Zoë"] == others["Zoë"]
+    assert rows["'-ann"][1] == str(FULL[0])
+    assert rows["'-ann"][-1] in ("bubblewrap", "not isolated")
+    before = table.read_bytes()
+    status, _, err = run_script("course/grade.py", "--exercises", LOSS, tmp_path / "-ann", "--out", table)
+    assert status == 2 and "its columns are not those of these exercises" in err and err.count("\n") == 1
+    assert table.read_bytes() == before
+
+
 @pytest.mark.parametrize("options, said", [
-    (["--exercises", "9", "course"], "9"), (["--exercises", "4"], "submissions/*"),
-    (["course"], "--exercises"),
-    (["--exercises", "4", "README.md"], "README.md: expected a folder"),
+    (["--exercises", "99", "course"], "99"), (["--exercises", "4"], "submissions/*"),
+    (["course"], "--exercises"), (["--exercises", "4", "no-such"], "no-such: there is no such folder"),
     (["--exercises", "x", "course"], "expected some of 1"),
     (["--exercises", "4", "course", "course"], "two submissions"),
     (["--exercises", "4", "course", "--out", "no-such/grades.csv"], "no-such is no folder")])
 def test_bad_input(options, said):
     status, out, err = run_script("course/grade.py", *options)
     assert (status, out) == (2, "") and said in err and err.count("\n") == 1
+
+
+def test_a_stray_file_is_named_and_passed_over():
+    status, _, err = run_script("course/grade.py", "--exercises", "4", "README.md")
+    assert status == 2 and "README.md is passed over" in err and "a folder for each student" in err
