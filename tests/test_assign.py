@@ -174,6 +174,19 @@ def test_an_endless_loop_shows_its_line(tmp_path):
     assert found and int(found[1]) - line in (-1, 0), out
 
 
+@pytest.mark.slow
+def test_the_program_of_exercise_6_works_as_written(smollm2_folder, monkeypatch, capsys):
+    """With one prompt, and fewer tokens."""
+    monkeypatch.chdir(ROOT)
+    program = re.search(r"```python\n(.*?)```", assign.text_of(6), re.S)[1]
+    assert "[:20]" in program and "max_new_tokens=32" in program
+    exec(program.replace("[:20]", "[:1]").replace("max_new_tokens=32", "max_new_tokens=6"), {})
+    out = capsys.readouterr().out
+    forbidden = [int(n) for n in re.findall(r"(\d+) tokens are forbidden; of 6 that were selected", out)]
+    assert forbidden == [37286, 0] and out.count("M ") == 2
+    assert "37,286 of 49,152" in assign.text_of(6)
+
+
 def test_a_copy_has_no_page_for_the_lecturer(student):
     """Nothing in it says how grading works, or how it can be fooled."""
     for path in student.rglob("*.md"):
