@@ -20,6 +20,7 @@ DIR lies outside this repository, or where git ignores it: its files would be ta
 """
 
 import ast
+import functools
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ COPIED = [f"{name}.py" for name in MODULES.split()] + [
     "data/*/prepare.py", "data/*/readme.md", "data/safety_labels/*.txt",
     "data/prompts/*.jsonl", "data/smollm2/guard.safetensors", "data/smollm2/judge.safetensors",
     "data/smollm2/mrm.safetensors",
-    "tests/conftest.py", "tests/readme.md", "tests/golden/*", "tests/golden/*/*"]
+    "tests/conftest.py", "tests/golden/*", "tests/golden/*/*"]
 LECTURERS = ["docs/teach.md"]       # it says how grading can be fooled
 TESTS = [f"tests/test_{name}.py" for name in "model trie_cache mrm saffron searches costs".split()]
 PYTEST_INI = """[pytest]
@@ -127,14 +128,24 @@ def points_of(test):
     return None
 
 
-def tests_of(number, bonus=False):
-    """(name, points, first paragraph of its docstring) of the tests that check an exercise; with bonus, of
-    those that are worth bonus points, which the others are not."""
+@functools.cache
+def marked_tests():
+    """(exercise, whether its points are a bonus, name, points, docstring in one line) of all tests that check
+    exercises."""
+    found = []
     for path in TESTS:
         for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
-            marked = isinstance(node, ast.FunctionDef) and points_of(node)
-            if marked and (marked[0], marked[2]) == (number, bonus):
-                yield node.name, marked[1], " ".join((ast.get_docstring(node) or "").split())
+            if isinstance(node, ast.FunctionDef) and points_of(node):
+                number, points, bonus = points_of(node)
+                text = " ".join((ast.get_docstring(node) or "").split())
+                found.append((number, bonus, node.name, points, text))
+    return found
+
+
+def tests_of(number, bonus=False):
+    """[(name, points, docstring)] of the tests that check an exercise; with bonus, of those that are worth
+    bonus points, which the others are not."""
+    return [test[2:] for test in marked_tests() if test[:2] == (number, bonus)]
 
 
 def worth(number):
@@ -218,7 +229,7 @@ def handout(numbers, other_weeks=()):
             page += f" First write {listed(needed[n])}: until then, tests of this one are skipped."
         page += "\n" + text_of(n) + "\n"
         for title, bonus in (("What the tests check", False), ("What the bonus tests check", True)):
-            tests = list(tests_of(n, bonus))
+            tests = tests_of(n, bonus)
             if tests:
                 page += f"\n**{title}**\n\n" + "".join(
                     f"- {points} point{'s' * (points > 1)}: `{name}`{'. ' + text if text else ''}\n"
