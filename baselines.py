@@ -84,7 +84,7 @@ def rebase(policy, guard, options, trace):
         growing = [branch for branch in children if not branch.finished]
         finished += [branch for branch in children if branch.finished]
         trace.append(finished + growing)
-        if not growing or len(finished) >= options.width:
+        if not growing:                                 # also when `width` sequences are finished
             break
     return max(finished or growing, key=reward_of)
 

@@ -83,9 +83,7 @@ def mrm_loss(mrm, batch, sibling_weight=0.0):
     """Partial supervision (Eq. 5): the hidden state before a reply token predicts the reward after it. Plus
     sibling_weight · sibling_loss, where there are siblings."""
     hidden = mrm.llama(batch.tokens)                                                    # (B, T, d)
-    before = hidden[batch.rows, batch.columns - 1]                                      # h(s[0:j]): (n, d)
-    children = batch.tokens[batch.rows, batch.columns]                                  # s_j: (n,)
-    loss = partial_supervision_loss(mrm, before, children, batch.targets)
+    loss = partial_supervision_loss(mrm, *batch.supervised(hidden))
     if sibling_weight and len(batch.sibling_tokens):
         before = hidden[batch.sibling_rows, batch.sibling_columns]                      # (m, d)
         of_siblings = sibling_loss(mrm, before, batch.sibling_tokens, batch.sibling_rewards,

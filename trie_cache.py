@@ -1,10 +1,9 @@
 """
 A KV cache that is a trie: token sequences with a common prefix share the keys and values of that prefix.
 
-Tree search extends a few sequences by a token each and drops others. Most of their tokens are old, and many
-are shared: here each distinct prefix is computed once and stored once, without padding or copies. The paper
-(Qiu et al. 2025, arXiv 2506.06444, Section 4.4) has the idea; the layout is our own, with tree attention in
-the manner of SpecInfer (Miao et al. 2023, arXiv 2305.09781):
+Tree search extends a few sequences by a token each and drops others. Here each distinct prefix is computed
+once and stored once, without padding or copies. The paper (Qiu et al. 2025, arXiv 2506.06444, Section 4.4)
+has the idea; the layout is ours, with tree attention as in SpecInfer (Miao et al. 2023, arXiv 2305.09781):
 
     a node   = the last token of a prefix; the path from the root to it spells the prefix
     a slot   = a node's place in the arena, the tensor of keys and values; dropped branches give theirs back
@@ -17,6 +16,8 @@ import heapq
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from plumbing.errors import check_states
 
 PIECE = 256                     # the most tokens of a trie that one pass reads: a mask has a row for each
 
@@ -86,7 +87,7 @@ class TrieCache:
 
     def hidden_at(self, nodes):
         """Final hidden states of n computed nodes: (n, d)."""
-        return self.hidden[[node.slot for node in nodes]]
+        return check_states(self.hidden[[node.slot for node in nodes]], self.model)
 
     def mask(self, nodes):
         """Which of the first S slots n waiting nodes, parents first, look at: (n, S), 0 or −∞. Those are the
@@ -116,12 +117,11 @@ class TrieCache:
         """The lowest free slot, or else the next that was never used. Without one, all tensors double."""
         if self.free:
             return heapq.heappop(self.free)
-        slot = self.used
+        if self.used == len(self.hidden):
+            self.arena = F.pad(self.arena, (0, 0, 0, self.used))
+            self.hidden = F.pad(self.hidden, (0, 0, 0, self.used))
         self.used += 1
-        if self.used > len(self.hidden):
-            self.arena = F.pad(self.arena, (0, 0, 0, slot))         # slot: as many as there were
-            self.hidden = F.pad(self.hidden, (0, 0, 0, slot))
-        return slot
+        return self.used - 1
 
     def prune(self, nodes):
         """Forget every node that is neither one of these nor an ancestor of one, and give its slot back.

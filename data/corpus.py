@@ -1,6 +1,4 @@
-"""
-What reward models learn from: labelled replies, replies with rewards, and batches of them.
-"""
+"""What reward models learn from: labelled replies, replies with rewards, and batches of them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,20 +26,23 @@ class Example:
 class Batch:
     """Some Examples as tensors, padded on the right: attention is causal, so no token sees the padding."""
     tokens: torch.Tensor                # contexts and replies (B, T)
-    # of each of the n reply tokens:
-    rows: torch.Tensor                  # which example it is in (n,)
+    rows: torch.Tensor                  # of each of the n reply tokens: which example it is in (n,)
     columns: torch.Tensor               # where it stands itself in `tokens` (n,)
     targets: torch.Tensor               # its label (1 unsafe), or the guard's reward (below 0 unsafe) (n,)
-    # of each of the m siblings:
-    sibling_rows: torch.Tensor          # which example it is of (m,)
+    sibling_rows: torch.Tensor          # of each of the m siblings: which example it is of (m,)
     sibling_columns: torch.Tensor       # where the token before it stands in `tokens` (m,)
     sibling_tokens: torch.Tensor        # the token (m,)
     sibling_rewards: torch.Tensor       # the guard's reward if it came next (m,)
     sibling_prefixes: torch.Tensor      # the number of its prefix: siblings of one prefix share it (m,)
 
+    def supervised(self, hidden):
+        """Of each reply token s_j, what Eq. 5 needs: h(s[0:j]) (n, d), s_j (n,) and R(s[0:j+1]) (n,). hidden:
+        final hidden states of `tokens` (B, T, d)."""
+        return hidden[self.rows, self.columns - 1], self.tokens[self.rows, self.columns], self.targets
+
 
 def collate(examples, device):
-    """The Batch of some Examples."""
+    """The Batch of some Examples. Reply tokens and siblings stand in the order of the examples."""
     length = max(len(e.context) + len(e.reply) for e in examples)
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
     supervised, siblings, prefixes = [], [], {}
@@ -60,9 +61,8 @@ def collate(examples, device):
 
 def read_labels(path, llama, max_prompt, max_reply):
     """Examples from data/safety_labels: the last max_prompt tokens of each prompt, the first max_reply tokens
-    of prefill, response and end-of-sequence. A prefill, where a row has one, is an unsafe beginning: its
-    tokens are labelled 1. The row's label is that of the response after it. Raises BadInput with the line
-    number of a malformed row."""
+    of prefill, response and end-of-sequence. A prefill, where a row has one, is unsafe: its tokens are
+    labelled 1, the response after it as the row is. Raises BadInput with the line of a malformed row."""
     examples = []
     template = llama.tokenizer.template("reward")
     for number, row in read_jsonl(path):
@@ -81,8 +81,8 @@ def read_labels(path, llama, max_prompt, max_reply):
 
 def read_rewards(folder, llama, guard=None):
     """(training, held-out) examples from the shards of data/safety_rewards, whose readme.md describes them.
-    Raises BadInput when a shard is missing, incomplete, or made with another vocabulary or run than it
-    should; with the id of a guard (adapters.guard_id), also when another guard has given the rewards."""
+    Raises BadInput for a shard that is missing, incomplete, or of another vocabulary, run or guard.
+    guard: the id (adapters.guard_id) of the one that must have given the rewards, or None for any."""
     template = llama.tokenizer.template("reward")
     paths = sorted(Path(folder).glob("corpus-*.safetensors"))
     metadata = [read_metadata(path) for path in paths]

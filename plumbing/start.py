@@ -15,6 +15,7 @@ import contextlib
 import errno
 import os
 import sys
+import traceback
 import unicodedata
 from pathlib import Path
 
@@ -23,12 +24,17 @@ from plumbing.errors import BadInput
 if "OMP_WAIT_POLICY" not in os.environ:                 # a user's own choice stands
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # turns of that loop; then the thread sleeps
 
+ROOT = Path(__file__).resolve().parents[1]
+SEARCHES = "saffron model trie_cache engine mrm search baselines".split()       # they open no file
+
 TURNS_TEXT = "LRE RLE LRO RLO PDF LRI RLI FSI PDI".split()      # Unicode's classes of such characters
 
 
 def run(main):
     """Run a command. Exit status: 2 and a line for BadInput; 1 and a line for what the system refuses (disk
-    full, no permission, stdout closed); 130 after Ctrl-C; 141 when the reader of stdout went away."""
+    full, no permission, stdout closed); 130 after Ctrl-C; 141 when the reader of stdout went away. All else
+    is a traceback. So is an error about a file that a model or a search opens: they read no files, so it is a
+    mistake in the code."""
     line = ""
     try:
         if sys.stdout is None:
@@ -46,6 +52,8 @@ def run(main):
     except BrokenPipeError:
         status = 141
     except OSError as error:
+        if is_of_a_search(error):
+            raise
         status = 1
         line = f"{error.filename or 'standard output or a file'}: {error.strerror or error}"
     if line:
@@ -54,6 +62,17 @@ def run(main):
         with contextlib.suppress(OSError):              # it may be no file of the system's
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def is_of_a_search(error):
+    """Whether an error is about a file that a model or a search has opened: the last line of this repository
+    that it went through is one of theirs."""
+    last = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        path = Path(frame.f_code.co_filename).resolve()
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+            last = path
+    return error.filename is not None and last in [ROOT / f"{name}.py" for name in SEARCHES]
 
 
 def printable(text):

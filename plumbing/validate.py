@@ -24,8 +24,8 @@ def predictions_with_siblings(reward_model, examples, device, size=16):
         hidden = reward_model.llama(b.tokens)                                               # (B, T, d)
         others = torch.zeros(0)
         if reward_model.kind == "mrm":
-            before = hidden[b.rows, b.columns - 1]                                          # (n, d)
-            rewards = reward_model.child_rewards(before, b.tokens[b.rows, b.columns])       # (n,)
+            before, children, _ = b.supervised(hidden)                                      # (n, d), (n,)
+            rewards = reward_model.child_rewards(before, children)                          # (n,)
             if len(b.sibling_tokens):
                 before = hidden[b.sibling_rows, b.sibling_columns]                          # (m, d)
                 others = reward_model.child_rewards(before, b.sibling_tokens)               # (m,)

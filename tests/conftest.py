@@ -32,20 +32,28 @@ except SystemExit as end:                       # pytest would end too, and say 
 
 
 # ------------------------------------------------------------------------------------------------------------
-# exercises: tests marked exercise(N, points=P), graded by `python -m pytest tests --exercise N`
+# exercises: tests marked exercise(N, points=P), graded by `python -m pytest tests --exercise N`. Those marked
+# bonus=True too are counted apart.
 
 def pytest_addoption(parser):
-    parser.addoption("--exercise", type=int, metavar="N",
-                     help="run the tests of one exercise and count its points")
+    parser.addoption("--exercise", nargs="+", action="extend", metavar="N",
+                     help="run the tests of these exercises and count their points")
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs with --slow only")
     config.left_out = 0                                 # how many slow tests were not run
-    config.addinivalue_line("markers", "exercise(N, points): checks exercise N, "
+    config.addinivalue_line("markers", "exercise(N, points, bonus): checks exercise N, "
                             "and is worth so many points if all of it passes")
-    config.grades = {}                                  # test function -> (points, [outcome of each case])
+    config.grades = {}          # (exercise, bonus or not, test function) -> (points, [outcome of each case])
+    words = config.getoption("--exercise") or []
+    config.exercises = sorted({int(word) for word in words if word.isdecimal()})
+    paths = [word for word in words if not word.isdecimal()]
+    if words and not config.exercises or not all(Path(path.partition("::")[0]).exists() for path in paths):
+        raise pytest.UsageError(f"--exercise {' '.join(words)}: expected numbers of exercises")
+    if paths:                                           # --exercise 4 5 tests
+        config.args = paths
 
 
 def exercise_of(item):
@@ -55,21 +63,21 @@ def exercise_of(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    wanted = config.getoption("--exercise")
+    wanted = set(config.exercises)
     named = any("::" in argument for argument in config.args)           # a test that is named is wanted
-    if not config.getoption("--slow") and not named and wanted is None:
+    if not config.getoption("--slow") and not named and not wanted:
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.left_out = len(slow)
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    if wanted is not None:
+    if wanted:
         numbers = sorted({exercise_of(item) for item in items} - {None})
-        if wanted not in numbers:
-            raise pytest.UsageError(f"no test checks exercise {wanted}: "
+        if missing := sorted(wanted - set(numbers)):
+            raise pytest.UsageError(f"no test checks exercise {' and '.join(map(str, missing))}: "
                                     f"those of {', '.join(map(str, numbers))} are there; "
                                     "an open-ended one is graded by its report")
-        config.hook.pytest_deselected(items=[item for item in items if exercise_of(item) != wanted])
-        items[:] = [item for item in items if exercise_of(item) == wanted]
+        config.hook.pytest_deselected(items=[item for item in items if exercise_of(item) not in wanted])
+        items[:] = [item for item in items if exercise_of(item) in wanted]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,31 +90,58 @@ def pytest_runtest_makereport(item, call):
             report.outcome, report.longrepr = "skipped", (
                 str(item.path), item.location[1], f"needs exercise {missing[1]}")
     if mine is not None and (report.when == "call" or report.outcome != "passed"):
-        points = item.get_closest_marker("exercise").kwargs["points"]
+        given = item.get_closest_marker("exercise").kwargs
+        key = mine, given.get("bonus", False), item.originalname
         note = f" ({report.longrepr[2]})" if report.outcome == "skipped" else ""
-        item.config.grades.setdefault(item.originalname, (points, []))[1].append(report.outcome + note)
+        item.config.grades.setdefault(key, (given["points"], []))[1].append(report.outcome + note)
     return report
+
+
+def pytest_keyboard_interrupt(excinfo):
+    """After Ctrl-C, the line of this repository at which the program was: mostly that of an endless loop."""
+    lines = [entry for entry in excinfo.traceback
+             if Path(entry.path).is_relative_to(ROOT) and "site-packages" not in Path(entry.path).parts]
+    if lines:
+        path = Path(lines[-1].path).relative_to(ROOT)
+        print(f"\ninterrupted at {path}, line {lines[-1].lineno + 1}, in {lines[-1].name}")
 
 
 def pytest_unconfigure(config):
     """The last thing printed: the points, or how many tests were left out."""
     if config.left_out:
         print(f"{config.left_out} slow tests were left out; python -m pytest --slow runs all")
-    if config.getoption("--exercise") is not None and config.grades:
-        total = 0
-        print(f"\nexercise {config.getoption('--exercise')}")
-        for name, (points, outcomes) in config.grades.items():
-            worst = next((outcome for outcome in outcomes if outcome != "passed"), "passed")
-            earned = points if worst == "passed" else 0
-            total += earned
-            cases = (f" ({outcomes.count(worst)} of {len(outcomes)} cases)"
-                     if earned < points and len(outcomes) > 1 else "")
-            print(f"  {earned} of {points}  {name}: {worst}{cases}")
-        needed = sorted({int(n) for n in re.findall(r"needs exercise (\d+)", str(config.grades))})
-        if needed:
-            print(f"first write exercise {' and '.join(map(str, needed))}: without it, "
-                  "tests above are skipped")
-        print(f"{total} of {sum(points for points, _ in config.grades.values())} points")
+    if config.exercises and config.grades:
+        print_points(config.exercises, config.grades)
+
+
+def print_points(numbers, grades):
+    """The points of each test, of each exercise, and (the last line) of all. Bonus points are beside them."""
+    all_earned = all_possible = 0
+    for number in numbers:
+        print(f"\nexercise {number}")
+        for is_bonus in (False, True):
+            mine = [(name, *grade) for (n, bonus, name), grade in grades.items()
+                    if n == number and bonus == is_bonus]
+            earned = possible = 0
+            for name, points, outcomes in mine:
+                worst = next((outcome for outcome in outcomes if outcome != "passed"), "passed")
+                got = points if worst == "passed" else 0
+                earned += got
+                possible += points
+                cases = (f" ({outcomes.count(worst)} of {len(outcomes)} cases)"
+                         if got < points and len(outcomes) > 1 else "")
+                print(f"  {got} of {points}{' (bonus)' * is_bonus}  {name}: {worst}{cases}")
+            if is_bonus and mine:
+                print(f"  bonus: {earned} of {possible}")
+            if not is_bonus:
+                all_earned += earned
+                all_possible += possible
+                if len(numbers) > 1:
+                    print(f"  {earned} of {possible} in all")
+    needed = sorted({int(n) for n in re.findall(r"needs exercise (\d+)", str(grades))})
+    if needed:
+        print(f"first write exercise {' and '.join(map(str, needed))}: without it, tests above are skipped")
+    print(f"{all_earned} of {all_possible} points")
 
 
 @pytest.fixture(scope="session")

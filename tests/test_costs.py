@@ -12,6 +12,7 @@ from plumbing.tokenizer import Prompt, Template
 from mrm import MRM, add_lora, trained_tensors
 from plumbing.shared import same_base, share_pass
 from baselines import SEARCHES, best_of_n
+from results import dilemma
 from search import saffron
 from trie_cache import TrieCache
 
@@ -41,6 +42,56 @@ def test_kv_memory_grows_with_distinct_prefixes(tiny_policy, tiny_scalar_guard):
     one, eight = peak(1), peak(8)
     assert (eight.peak_kv_bytes < 1.3 * one.peak_kv_bytes
             and eight.unshared_kv_bytes > 7.9 * one.unshared_kv_bytes)
+
+
+def real_cost(method, policy, mrm, guard, width, steps, seed=0):
+    """The Result of a search in which no reply ends, each nucleus is the whole vocabulary but for the end of
+    sequence, and to the guard all is the same; and the tokens that policy and reward model read before it."""
+    indifferent = copy.deepcopy(guard)
+    torch.nn.init.zeros_(indifferent.head.weight)
+    reward_model = reward_model_of(method, mrm, indifferent)
+    prompt = Prompt([1, 2, 3, 4], [5])
+    result = SEARCHES[method][0](policy, reward_model, prompt, paper(
+        width=width, max_new_tokens=steps, min_new_tokens=steps, top_p=1.0, seed=seed))
+    contexts = prompt.policy_tokens(policy.template), prompt.reward_tokens(reward_model.template)
+    return result, tuple(map(len, contexts))
+
+
+@pytest.mark.exercise(11, points=4)
+@pytest.mark.parametrize("method", dilemma.METHODS)
+@pytest.mark.parametrize("width, steps", [(1, 1), (1, 5), (4, 1), (4, 2), (3, 6)])
+def test_calls_and_tokens_are_as_predicted(method, width, steps, tiny_policy, tiny_mrm, tiny_scalar_guard):
+    """Exactly those of a real search on tiny models, under the conditions of results/dilemma.py."""
+    mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)                     # of which no token is unseen
+    for seed in range(100):
+        result, context = real_cost(method, tiny_policy, mrm, tiny_scalar_guard, width, steps, seed)
+        if method != "best_of_n" or len({b.tokens[0] for b in result.trace[0]}) == width:
+            break                                                               # no two begin alike
+    cost = dilemma.predicted_cost(method, width, steps, 511, context)
+    assert cost.policy_calls == result.stats.policy_calls
+    assert cost.reward_calls == result.stats.reward_calls
+    assert cost.policy_tokens + cost.reward_tokens == result.stats.tokens_computed
+
+
+@pytest.mark.exercise(11, points=2)
+@pytest.mark.parametrize("method", ["rebase", "saffron"])
+def test_flops_are_as_predicted(method, tiny_policy, tiny_mrm, tiny_scalar_guard):
+    """Two for each weight and token, and the policy's unembedding. Attention, which is left out, is less than
+    a tenth of what a real search counts here."""
+    config, llama = tiny_policy.config, tiny_mrm.llama
+    lora = sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)
+    assert lora > 0
+    flops = lambda *numbers: dilemma.predicted_flops(dilemma.Cost(*numbers), tiny_policy, llama)
+    assert flops(1, 0, 0, 0) == 2 * config.hidden_size * config.vocab_size
+    assert flops(0, 5, 0, 0) == 0, "the reward model's head is left out"
+    assert flops(0, 0, 1, 0) == 2 * config.linear_params
+    assert flops(0, 0, 0, 1) == 2 * (llama.config.linear_params + lora)
+    mrm = type(tiny_mrm)(llama, tiny_mrm.template)
+    result, context = real_cost(method, tiny_policy, mrm, tiny_scalar_guard, 3, 6)
+    reward_llama = llama if method == "saffron" else tiny_scalar_guard.llama
+    predicted = dilemma.predicted_flops(dilemma.predicted_cost(method, 3, 6, 511, context), tiny_policy,
+                                        reward_llama)
+    assert 0.9 * result.stats.flops < predicted < result.stats.flops
 
 
 @pytest.mark.parametrize("method", SEARCHES)

@@ -48,6 +48,17 @@ def test_every_end_is_one_line_at_most(body, shell, status, said):
     assert said is None or said in lines[0]
 
 
+@pytest.mark.parametrize("call", [
+    "open('no-such.txt')", "__import__('pathlib').Path('no-such.txt').read_text()"])
+def test_a_file_that_a_search_opens_is_a_traceback(call):
+    """No model and no search reads a file: one that tries to has a mistake in it."""
+    code, lines = end_of(f"""import baselines
+    exec(compile("def shares(rewards, count): {call}", baselines.__file__, "exec"), vars(baselines))
+    baselines.shares([], 1)""")
+    assert code == 1 and lines[0].startswith("Traceback") and "no-such.txt" in lines[-1]
+    assert any("baselines.py" in line and "in shares" in line for line in lines)
+
+
 def test_a_reader_that_went_away():
     code, lines = end_of("[print('x' * 1000) for _ in range(10000)]", shell="| head -1 > /dev/null; exit 0")
     assert lines == []

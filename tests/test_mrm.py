@@ -9,20 +9,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, paper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import mrm as mrm_module
+import plumbing.adapters as adapters_module
+import plumbing.released as released_module
+from data.corpus import Batch, Example, collate
 from plumbing.errors import BadInput
 from plumbing.tokenizer import Prompt, Template
 from model import Llama
-from mrm import MRM, PROJECTIONS, add_lora, Guard, LoRALinear, partial_supervision_loss, trained_tensors
+from mrm import MRM, PROJECTIONS, add_lora, Guard, LoRALinear, partial_supervision_loss
+from mrm import trained_tensors, unseen_tokens
 from plumbing.adapters import check_lora, load_adapter, save_adapter
 from plumbing.released import load_released_mrm
 from plumbing.fast import speed_up
 from plumbing.shared import SharedPass
+from search import saffron
 from trie_cache import TrieCache, compute
 
 TARGETS = ["q_proj", "v_proj"]
@@ -125,6 +131,56 @@ def test_the_bias_of_an_unseen_token_does_not_learn(new_mrm):
     assert set(new_mrm.bias.grad.nonzero().flatten().tolist()) == set(children.tolist())
 
 
+def example(context, reply, targets, siblings=()):
+    return Example("s", context, reply, targets, list(siblings))
+
+
+@pytest.mark.exercise(5, points=2)
+def test_a_batch_has_each_reply_token_with_its_reward():
+    """Of replies and contexts of unequal lengths: padded on the right, in the order of the examples."""
+    one, two = example([1, 2], [30, 31, 32], [0.5, -1.0, 2.0]), example([3, 4, 5, 6, 7], [33], [0.25])
+    three = example([8], [34, 35], [-3.0, 4.0])
+    batch = collate([one, two, three], "cpu")
+    assert batch.tokens.shape == (3, 6) and batch.tokens.dtype == torch.long
+    for row, e in zip(batch.tokens.tolist(), (one, two, three)):
+        assert row[:len(e.context + e.reply)] == e.context + e.reply, "a context, its reply, then padding"
+    assert list(zip(batch.rows.tolist(), batch.columns.tolist(), batch.targets.tolist())) == [
+        (0, 2, 0.5), (0, 3, -1.0), (0, 4, 2.0), (1, 5, 0.25), (2, 1, -3.0), (2, 2, 4.0)]
+    assert batch.tokens[batch.rows, batch.columns].tolist() == [30, 31, 32, 33, 34, 35]
+
+
+@pytest.mark.exercise(5, points=2)
+def test_siblings_go_with_the_token_before_them():
+    """A sibling at position p could follow reply[:p]; those of one prefix share a number, others do not."""
+    one = example([1, 2], [30, 31, 32], [0.0] * 3, [(0, 40, 1.0), (0, 41, 0.5), (2, 42, -1.0), (2, 43, 2.0)])
+    two = example([3, 4, 5], [33, 34], [0.0] * 2)
+    three = example([6, 7, 8, 9], [35], [0.0], [(0, 44, 0.25), (0, 40, -0.5)])
+    batch = collate([one, two, three], "cpu")
+    assert batch.sibling_rows.tolist() == [0, 0, 0, 0, 2, 2]
+    assert batch.tokens[batch.sibling_rows, batch.sibling_columns].tolist() == [2, 2, 31, 31, 9, 9], (
+        "the token before a sibling is the last one of its prefix")
+    assert batch.sibling_columns.tolist() == [1, 1, 3, 3, 3, 3]
+    assert batch.sibling_tokens.tolist() == [40, 41, 42, 43, 44, 40]
+    assert batch.sibling_rewards.tolist() == [1.0, 0.5, -1.0, 2.0, 0.25, -0.5]
+    assert batch.sibling_prefixes.tolist() == [0, 0, 1, 1, 2, 2]
+    none = collate([two], "cpu")
+    assert len(none.sibling_rows) == len(none.sibling_tokens) == len(none.sibling_prefixes) == 0
+    assert none.tokens[none.sibling_rows, none.sibling_columns].shape == (0,)
+
+
+@pytest.mark.exercise(5, points=2)
+def test_the_state_before_a_token_goes_with_the_reward_after_it():
+    """Of a batch made by hand, whose state at row i and column t is (i, t): no token's own state."""
+    tokens = torch.tensor([[1, 2, 30, 31, 0], [3, 4, 5, 32, 33]])
+    rows, columns = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 3, 3, 4])
+    targets, none = torch.tensor([0.5, -1.0, 2.0, 3.0]), torch.zeros(0, dtype=torch.long)
+    batch = Batch(tokens, rows, columns, targets, none, none, none, none, none)
+    hidden = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(5), indexing="ij"), dim=-1)  # (2, 5, 2)
+    before, children, rewards = batch.supervised(hidden)
+    assert before.tolist() == [[0, 1], [0, 2], [1, 2], [1, 3]], "h(s[0:j]) is the state of token j - 1"
+    assert children.tolist() == [30, 31, 32, 33] and rewards.tolist() == targets.tolist()
+
+
 def test_lora_starts_at_the_base_model_and_shares_its_weights(tiny_guard):
     lora = add_lora(tiny_guard, 4, 8, TARGETS, first_layer=1)
     tokens = torch.arange(10)[None]
@@ -183,6 +239,21 @@ def test_joined_and_packed_products_change_nothing(tiny_guard, targets, dtype, t
             torch.testing.assert_close(trie.hidden_at([node]), plain, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.exercise(6, points=3)
+def test_unseen_tokens_are_those_that_stand_too_seldom_in_the_replies(tiny_guard):
+    """Each occurrence counts, in whichever reply; as many as min_count are enough. The ends of a sequence
+    (here 7 and 11) are never unseen."""
+    config = replace(tiny_guard.config, eos_token_ids=(7, 11))
+    replies = [[20, 20, 30, 7], [20, 30, 40], [50]]
+    for min_count, seen in ((1, {7, 11, 20, 30, 40, 50}), (2, {7, 11, 20, 30}), (3, {7, 11, 20}),
+                            (4, {7, 11})):
+        unseen = unseen_tokens(replies, config, min_count)
+        assert unseen.shape == (512,) and unseen.dtype == torch.bool
+        assert set((~unseen).nonzero().flatten().tolist()) == seen, f"min_count {min_count}"
+    assert set((~unseen_tokens(replies, config)).nonzero().flatten().tolist()) == {7, 11, 20, 30, 40, 50}
+    assert set((~unseen_tokens([[]], config)).nonzero().flatten().tolist()) == {7, 11}
+
+
 @pytest.mark.exercise(6, points=2)
 def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
     hidden = new_mrm.llama(torch.arange(6)[None])[0]
@@ -193,6 +264,8 @@ def test_conservative_rewards_forbid_unseen_tokens_only(new_mrm):
         torch.testing.assert_close(cons, torch.tensor(expected, dtype=cons.dtype).view(free.shape),
                                    atol=0, rtol=0)
     assert new_mrm.unseen.any() and not new_mrm.unseen.all()
+    new_mrm.unseen[:] = False
+    assert torch.equal(new_mrm.conservative_rewards(hidden), new_mrm.next_rewards(hidden))
 
 
 def test_one_pass_of_the_guard_scores_every_prefix(new_guard):
@@ -266,15 +339,38 @@ def test_lora_where_there_is_none_is_refused(tiny_guard, rank, targets, first_la
         check_lora(rank, 8, targets, first_layer, tiny_guard.config)
 
 
-def test_a_students_mistake_is_a_traceback(tiny_guard, new_mrm, tmp_path, monkeypatch):
-    """Not "a wrong file", though the adapter is being loaded."""
+@pytest.mark.parametrize("name", ["LoRALinear.__init__", "add_lora", "MRM.__init__", "Guard.__init__"])
+@pytest.mark.parametrize("mistake", [TypeError("a student's"), NotImplementedError("exercise 5"),
+                                     IndexError("a student's"), FileNotFoundError("a student's")])
+def test_a_students_mistake_is_a_traceback(tiny_guard, new_mrm, new_guard, tmp_path, monkeypatch, name,
+                                           mistake):
+    """Not "a wrong file", though an adapter is being loaded."""
     save_adapter(new_mrm, tmp_path / "m.safetensors", 4, 8, TARGETS, 0, "")
-    for mistake in (TypeError("a student's"), NotImplementedError("exercise 5"), IndexError("a student's")):
-        def wrong(self, linear, rank, alpha):
-            raise mistake
-        monkeypatch.setattr(LoRALinear, "__init__", wrong)
-        with pytest.raises(type(mistake)):
+    save_adapter(new_guard, tmp_path / "g.safetensors", 4, 8, TARGETS, 1, "")
+
+    def wrong(*args, **options):
+        raise mistake
+    owner, _, attribute = name.rpartition(".")
+    for module in (mrm_module, adapters_module, released_module):
+        target = getattr(module, owner, None) if owner else module
+        if target is not None and hasattr(target, attribute):
+            monkeypatch.setattr(target, attribute, wrong)
+    with pytest.raises(type(mistake), match=str(mistake)):
+        if owner == "Guard":
+            load_adapter(tmp_path / "g.safetensors", tiny_guard, "guard")
+        else:
             load_adapter(tmp_path / "m.safetensors", tiny_guard, "mrm")
+    if owner != "Guard":
+        with pytest.raises(type(mistake), match=str(mistake)):
+            load_released_mrm(GOLDEN / "tiny_mrm", tiny_guard, Template([], []))
+
+
+def test_a_mask_that_gives_nan_is_a_traceback(tiny_policy, tiny_mrm, monkeypatch):
+    """0 · −inf is nan. It is no fault of the weights, so they are not named."""
+    right = TrieCache.mask
+    monkeypatch.setattr(TrieCache, "mask", lambda self, nodes: right(self, nodes) * math.inf)
+    with pytest.raises(ArithmeticError, match="a mistake in the code"):
+        saffron(tiny_policy, tiny_mrm, Prompt([1, 2]), paper(width=2, max_new_tokens=3))
 
 
 def test_a_file_that_is_no_adapter_is_refused(tiny_guard, tmp_path):

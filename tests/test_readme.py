@@ -26,6 +26,7 @@ DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md
 READMES = sorted(path.relative_to(ROOT).as_posix()
                  for path in [*ROOT.glob("data/*/readme.md"), ROOT / "tests" / "readme.md"])
 PAGES = [README, *DOCS, *READMES]
+COURSE = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("course/*.md"))
 FILE = re.compile(r"\.(py|md|jsonl?|html|png|txt|safetensors|csv|jinja|gz|log)$")
 ROOTS = {"prompt", "policy", "result"}      # what examples call their variables
 
@@ -82,7 +83,7 @@ def test_pages_are_short():
     assert len(content.splitlines()) <= 150 and len(content.encode()) <= 12_000
     for name in DOCS:
         assert len(text_of(name).splitlines()) <= 200, name
-    for name in PAGES:
+    for name in PAGES + COURSE:
         assert [line for line in prose(text_of(name)) if len(line) > 120] == [], name
 
 
@@ -182,12 +183,11 @@ def test_every_search_is_described():
 
 
 def test_the_exercises_are_listed_with_their_points():
-    table = rows(section("docs/teach.md", "The exercises"), 4)
+    table = rows(section("docs/teach.md", "The exercises"), 5)
     assert [(int(n), title) for n, title, *_ in table] == [(n, e.title) for n, e in assign.EXERCISES.items()]
-    for n, _, level, points in table:
+    for n, _, level, minutes, points in table:
         assert level == assign.EXERCISES[int(n)].level
-        assert points == (str(sum(points for _, points, _ in assign.tests_of(int(n))))
-                          if points.isdecimal() else "by report")
+        assert (minutes, points) == (assign.time_of(int(n)), assign.worth(int(n)))
 
 
 def test_the_citation_is_that_of_the_paper():
@@ -260,12 +260,13 @@ def script_and_options(command):
     return words[0], words[1:]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", PAGES + COURSE)
 def test_commands_parse(name, capsys):
     for command in commands(text_of(name)):
         script, options = script_and_options(command)
         if script == "-m":
-            known = ([], ["--slow"], ["--slow", "-m", "slow"], ["tests", "--exercise", "4"])
+            known = ([], ["--slow"], ["--slow", "-m", "slow"], ["tests", "--exercise", "4", "5"],
+                     ["tests", "--exercise", "N", "M"])
             assert options[0] == "venv" or options[0] == "pytest" and options[1:] in known, command
             continue
         if script == "my_search.py":

@@ -22,7 +22,7 @@ from plumbing.tokenizer import Prompt, Template
 from trie_cache import TrieCache
 
 
-@pytest.mark.exercise(7, points=4)
+@pytest.mark.exercise(7, points=5)
 @pytest.mark.parametrize("case", range(14))
 def test_saffron_walks_through_the_golden_frontiers(tiny_policy, tiny_mrm, golden_search, case):
     """Frontiers after every step, as far as the order of the authors' code is specified, and the reply."""
@@ -88,7 +88,7 @@ def plain_log_prob(policy, prompt, tokens):
     return sum(log_p[i, token].item() for i, token in enumerate(tokens))
 
 
-@pytest.mark.exercise(7, points=2)
+@pytest.mark.exercise(7, points=2, bonus=True)
 def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_mrm):
     """log π of all its tokens, by the policy without cache; with a large beta it decides alone."""
     prompt, options = Prompt([1, 2, 3]), dict(max_new_tokens=5, min_new_tokens=5, top_p=0.9)
@@ -105,10 +105,30 @@ def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_
         tiny_policy, None, prompt, paper(**options)).tokens
 
 
-@pytest.mark.exercise(7, points=1)
-def test_a_branch_tells_the_reward_without_beta(tiny_policy, tiny_mrm):
-    """M(s)_a, computed without cache; and log π(s·a) at temperature 1,
-    whatever the temperature of the nucleus."""
+@pytest.mark.exercise(7, points=2)
+def test_a_branch_tells_its_reward(tiny_policy, tiny_mrm, monkeypatch):
+    """M(s)_a, against all of M(s) without a cache. The search itself computes no other entries."""
+    prompt, next_rewards = Prompt([1, 2, 3]), tiny_mrm.next_rewards
+    monkeypatch.setattr(tiny_mrm, "next_rewards", lambda hidden: pytest.fail("all of M(s) was computed"))
+    monkeypatch.setattr(tiny_mrm, "conservative_rewards",
+                        lambda hidden: pytest.fail("all of M(s) was computed"))
+    logits = tiny_mrm.llama.logits
+    monkeypatch.setattr(tiny_mrm.llama, "logits", lambda hidden: pytest.fail("all of M(s) was computed"))
+    result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=3, max_new_tokens=4, min_new_tokens=4))
+    monkeypatch.setattr(tiny_mrm.llama, "logits", logits)
+    for branch in [branch for frontier in result.trace for branch in frontier]:
+        *before, last = branch.tokens
+        rewards = next_rewards(
+            tiny_mrm.llama(torch.tensor([prompt.reward_tokens(tiny_mrm.template) + before]))[0, -1])
+        assert branch.reward == pytest.approx(rewards[last].item(), abs=1e-9), (
+            "the reward of a branch is M(s)_a")
+    assert result.reward == result.trace[-1][0].reward
+
+
+@pytest.mark.exercise(7, points=1, bonus=True)
+def test_a_branch_tells_reward_and_probability_apart(tiny_policy, tiny_mrm):
+    """With beta, its reward is M(s)_a alone; its log π(s·a) is at temperature 1, whatever the temperature of
+    the nucleus."""
     prompt = Prompt([1, 2, 3])
     result = saffron(tiny_policy, tiny_mrm, prompt,
                      paper(width=3, max_new_tokens=4, min_new_tokens=4, beta=0.5, temperature=0.5))
@@ -116,15 +136,13 @@ def test_a_branch_tells_the_reward_without_beta(tiny_policy, tiny_mrm):
         *before, last = branch.tokens
         rewards = tiny_mrm.next_rewards(
             tiny_mrm.llama(torch.tensor([prompt.reward_tokens(tiny_mrm.template) + before]))[0, -1])
-        assert branch.reward == pytest.approx(rewards[last].item(), abs=1e-9), (
-            "the reward of a branch is M(s)_a")
+        assert branch.reward == pytest.approx(rewards[last].item(), abs=1e-9), "it is M(s)_a, without beta"
         expected = plain_log_prob(tiny_policy, prompt, branch.tokens)
         assert branch.log_prob == pytest.approx(expected, abs=1e-9), (
             "log π is that of the policy, at temperature 1")
-    assert result.reward == result.trace[-1][0].reward
 
 
-@pytest.mark.exercise(7, points=1)
+@pytest.mark.exercise(7, points=2)
 def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tiny_mrm):
     """With an MRM to which all is the same, width 5 keeps the policy's five favourites,
     then those of the first of them."""
@@ -141,7 +159,7 @@ def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tin
     assert [b.tokens for b in second] == [first[0].tokens + [token] for token in favourites(first[0].tokens)]
 
 
-@pytest.mark.exercise(7, points=1)
+@pytest.mark.exercise(7, points=2)
 def test_policy_and_mrm_are_asked_together(tiny_policy, tiny_mrm):
     """One `yield` a step, so that both can be read in one forward pass;
     each of them once for each unfinished sequence."""
@@ -151,7 +169,7 @@ def test_policy_and_mrm_are_asked_together(tiny_policy, tiny_mrm):
     assert result.stats.policy_calls == result.stats.reward_calls == 1 + 5 * 3
 
 
-@pytest.mark.exercise(7, points=2)
+@pytest.mark.exercise(7, points=2, bonus=True)
 def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
     """Of a few tokens that each reply must use again and again, no four in a row come twice;
     without beta they do."""
@@ -167,7 +185,7 @@ def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
         assert bool(twice) == looping, f"with beta {beta}, these come twice: {sorted(twice)}"
 
 
-@pytest.mark.exercise(7, points=1)
+@pytest.mark.exercise(7, points=1, bonus=True)
 def test_what_repeats_itself_fills_no_place():
     """With beta > 0 the next frontier may be narrower than the width:
     only if all children repeat themselves, they stay."""
@@ -178,7 +196,7 @@ def test_what_repeats_itself_fills_no_place():
         assert best([], children, 2, beta) == kept, f"beta {beta}, {len(children)} children"
 
 
-@pytest.mark.exercise(7, points=2)
+@pytest.mark.exercise(7, points=1)
 @pytest.mark.parametrize("seed", range(50))
 def test_a_fallback_takes_no_place_of_a_regular_candidate(seed):
     """On random pools: it is kept only where regular and finished ones leave room, and stands behind them."""
@@ -200,7 +218,47 @@ def test_a_fallback_takes_no_place_of_a_regular_candidate(seed):
         sorted((b.reward for b in children if b.fallback), reverse=True)[:len(kept)][::-1])
 
 
+@pytest.mark.exercise(7, points=2)
+def test_the_search_tells_its_fallbacks(tiny_policy, tiny_mrm):
+    """With few seen tokens and a small nucleus, most sequences have a fallback, some a regular candidate. A
+    branch says which it is, and no fallback takes the place of a regular one, whatever its M."""
+    mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
+    mrm.unseen[:] = torch.arange(512) % 3 > 0
+    mrm.unseen[7] = False
+    prompt, counts = Prompt([1, 2]), Counter()
+    result = saffron(tiny_policy, mrm, prompt, paper(width=4, max_new_tokens=8, min_new_tokens=8, top_p=0.02))
+    before = [Branch()]
+    for frontier in result.trace:
+        regular = 0
+        for branch in before:                               # none is finished: 8 tokens are the fewest
+            context = prompt.policy_tokens(tiny_policy.template) + branch.tokens
+            p = tiny_policy.logits(tiny_policy(torch.tensor([context]))[0, -1]).index_fill(
+                0, torch.tensor([7]), -math.inf).softmax(-1)
+            inside = [token for token in nucleus(p, 0.02).tolist() if not mrm.unseen[token]]
+            regular += len(inside)
+            for child in frontier:
+                if child.tokens[:-1] == branch.tokens:
+                    assert child.fallback == (child.tokens[-1] not in inside)
+        kept = sum(branch.fallback for branch in frontier)
+        assert len(frontier) - kept == min(4, regular), "fallbacks fill only what regular ones leave free"
+        counts.update(branch.fallback for branch in frontier)
+        before = frontier
+    assert counts[True] and counts[False], "this search has fallbacks and regular candidates"
+
+
 @pytest.mark.exercise(7, points=1)
+def test_a_fallback_fills_no_place_of_a_finished_one():
+    """Of width 3, one sequence has finished and one regular candidate is there: one place is left. A fallback
+    that ends does not stand before the regular candidate that has not."""
+    done, regular = Branch([1], 0.5, True, log_prob=0.0), Branch([2], 1.0, log_prob=0.0)
+    ending = [Branch([3, i], 9.0 - i, True, None, 0.0, True) for i in range(3)]
+    assert best([done], [regular, *ending], 3, 0.0) == [done, ending[0], regular]
+    assert best([done, done], [regular, *ending], 3, 0.0) == [done, done, regular]
+    assert best([done, done, done], [regular, *ending], 3, 0.0) == [done, done, done]
+    assert best([], ending, 2, 0.0) == ending[:2]
+
+
+@pytest.mark.exercise(7, points=1, bonus=True)
 def test_when_nothing_new_is_left_saffron_repeats_itself(tiny_policy, tiny_mrm):
     """It never runs dry: with one token to choose from, that is the reply."""
     one = copy.deepcopy(tiny_mrm)
@@ -245,6 +303,19 @@ def test_candidates_of_an_unseen_nucleus():
         candidates(logits.index_fill(1, torch.tensor([2, 3]), -math.inf), unseen, 0.9, 1.0)
 
 
+@pytest.mark.exercise(4, points=1)
+def test_the_temperature_shapes_the_nucleus():
+    """Probabilities are 1 : 2 : 4 : 8 at temperature 1, 1 : 4 : 16 : 64 at 1/2, and nearer to each other at
+    2."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.float64) * math.log(2)
+    tokens = lambda temperature, top_p: candidates(logits, None, top_p, temperature)[1].tolist()
+    assert [tokens(temperature, 0.7) for temperature in (0.5, 1.0, 2.0)] == [[3], [3, 2], [3, 2, 1]]
+    assert tokens(0.0, 1.0) == [3]
+    unseen = torch.tensor([False, True, False, True])
+    rows, found, fallbacks = candidates(logits.repeat(2, 1), unseen, 0.9, 2.0)
+    assert (rows.tolist(), found.tolist(), fallbacks.tolist()) == ([0, 0, 1, 1], [2, 0] * 2, [False] * 4)
+
+
 @pytest.mark.exercise(4, points=2)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_nucleus_is_the_smallest_set_of_most_likely_tokens(seed):
@@ -282,7 +353,7 @@ def test_nucleus_equals_sorting_the_whole_vocabulary(seed):
 def test_with_top_p_1_a_nucleus_is_all_that_is_possible():
     """All tokens but those of probability 0, also where rounding takes the sum to 1 too early, or never. Of
     the last 500 tokens all are possible, though the likeliest one has the probability 1 in float32."""
-    for seed in range(30):
+    for seed in range(10):
         p = torch.randn(49152, generator=torch.Generator().manual_seed(seed)).softmax(-1)
         p[7] = 0.0
         assert sorted(nucleus(p / p.sum(), 1.0).tolist()) == [token for token in range(49152) if token != 7]
@@ -305,7 +376,7 @@ def test_a_nucleus_is_that_of_the_paper(seed):
         assert set(nucleus(p, top_p).tolist()) == set((mass_above < top_p).nonzero().flatten().tolist())
 
 
-@pytest.mark.exercise(7, points=2)
+@pytest.mark.exercise(7, points=3)
 def test_finished_replies_stay_first_and_the_best_wins(tiny_policy, tiny_mrm):
     """With min_new_tokens = 0 and a wide nucleus, many branches end; the frontier keeps them, best first."""
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
@@ -322,6 +393,14 @@ def test_finished_replies_stay_first_and_the_best_wins(tiny_policy, tiny_mrm):
             assert group == sorted(group, reverse=True)
     assert result.finished and ended == 4 and len(result.trace) < 12            # all ended: the search stops
     assert result.reward == max(b.reward for b in result.trace[-1] if b.finished) and result.tokens[-1] == 7
+    # With two tokens to choose from, of which the end looks unsafe: it is taken where it has to be, and stays
+    # first, and is the reply.
+    mrm.unseen[:] = True
+    mrm.unseen[[7, 20]] = False
+    mrm.bias.data[7] = -50.0
+    result = saffron(tiny_policy, mrm, Prompt([3, 1, 4]),
+                     paper(width=2, max_new_tokens=3, min_new_tokens=2, top_p=1.0))
+    assert result.finished and result.tokens == [20, 20, 7] and result.reward < result.trace[-1][1].reward
 
 
 # ------------------------------------------------------------------------------------------------------------

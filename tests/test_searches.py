@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import paper, reward_model_of
 
+import baselines
 from plumbing.errors import BadInput
 from engine import Options, Reader
 from plumbing.adapters import check_vocabulary
@@ -191,7 +192,7 @@ def test_beam_scores_every_candidate(plain, width, top_p):
     scores_every_candidate(plain, "beam", width, top_p)
 
 
-@pytest.mark.exercise(7, points=1)
+@pytest.mark.exercise(7, points=1, bonus=True)
 @pytest.mark.parametrize("width, top_p", [(1, 0.7), (3, 0.7), (5, 0.1)])
 def test_saffron_with_a_guard_scores_every_candidate(plain, width, top_p):
     """It takes `width` of the candidates, and then puts first what is finished.
@@ -216,7 +217,7 @@ def scores_every_candidate(plain, method, width, top_p):
 
 
 @pytest.mark.exercise(8, points=3)
-def test_shares_are_whole_and_in_proportion():
+def test_shares_are_whole_and_in_proportion(monkeypatch):
     assert shares([0.0, 0.0], 5) == [3, 2]                                      # equal: the first gets more
     assert shares([math.log(6), math.log(3), math.log(1)], 10) == [6, 3, 1]     # odds 6 : 3 : 1
     assert shares([50.0, 0.0, 0.0], 4) == [4, 0, 0] and shares([1.0], 7) == [7]
@@ -228,9 +229,21 @@ def test_shares_are_whole_and_in_proportion():
         assert sum(counts) == 16
         for n, x in zip(counts, exact):
             assert abs(n - x) < 1, f"{counts} of {exact}"
+    monkeypatch.setattr(baselines, "REBASE_TEMPERATURE", 2.0)                   # R / 2 has these odds
+    assert shares([2 * math.log(6), 2 * math.log(3), 0.0], 10) == [6, 3, 1]
 
 
-@pytest.mark.exercise(8, points=5)
+@pytest.mark.exercise(8, points=1)
+def test_rebase_draws_at_the_temperature_that_it_is_given(plain):
+    """At 0 each sequence has one token to draw, the likeliest: then all is greedy decoding."""
+    options = dict(max_new_tokens=7, min_new_tokens=plain.least, top_p=0.9, temperature=0.0)
+    prompt = Prompt([5, 6, 7], [8])
+    result = SEARCHES["rebase"][0](plain.policy, plain.guard, prompt, paper(width=3, **options))
+    assert result.tokens == no_defence(plain.policy, None, prompt, paper(**options)).tokens
+    assert all(len(frontier) == 1 for frontier in result.trace)
+
+
+@pytest.mark.exercise(8, points=4)
 @pytest.mark.parametrize("seed", range(4))
 def test_rebase_shares_its_expansions_by_reward(plain, seed):
     width, top_p, length = 6, 0.7, (3, 7, 7, 24)[seed]
