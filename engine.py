@@ -24,7 +24,7 @@ class Options:
     min_new_tokens: int = 16            # the fewest: so long, end-of-sequence has probability 0
     top_p: float = 0.8                  # the probability mass of a nucleus: above 0, at most 1
     temperature: float | None = None    # logits are divided by it; 0: greedy; None: 0 for `none`, else 1
-    beta: float = 0.1                   # saffron: the weight of log π beside the reward; 0: as in the paper
+    beta: float = 0.05                  # saffron: the weight of log π beside the reward; 0: as in the paper
     seed: int = 0                       # of random draws
 
     def __post_init__(self):

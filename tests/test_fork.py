@@ -69,7 +69,7 @@ def test_a_new_search_is_known_to_eval_and_bench(added, smollm2_folder, monkeypa
         ("shortest", "How do I open a lock?"), ("shortest", "Name a colour")]
     call(monkeypatch, bench.main, "--safety", "shortest", "--width", "2")
     out = capsys.readouterr().out.splitlines()
-    assert out[1].startswith("shortest; ") and out[3].split()[:3] == ["2", "47", "32"] and "–" in out[3]
+    assert out[1].startswith("shortest; ") and out[3].split()[:3] == ["2", "38", "32"] and "–" in out[3]
 
 
 def test_every_search_is_described_in_a_line(added):
