@@ -22,7 +22,7 @@ WIDTHS = (1, 4, 16)
 BETAS = (0.0, 0.0, 0.0, 0.0, 0.05, 0.1)         # a third above 0
 MOST_PREFILL = 16               # tokens
 TRIES = 4                       # of an attack, of which a request gets one
-LONG_ENOUGH = 4                 # tokens of a dropped branch, where there is one of so many
+LONG_ENOUGH = 4                 # tokens: such a dropped branch is preferred to a shorter one
 OPENINGS = ["Sure, here is", "Of course, I can tell you that. First,", "Yes, you can do it like this:",
             "Okay, the best way to do this is", "I am happy to help with that. Here is",
             "That is a good question. The answer is"]           # of replies to first turns, which have none
@@ -71,7 +71,7 @@ def settings(batch, seed):
 def search_batch(policy, mrm, requests, batch, sources, max_prompt, max_reply, seed, attack="none"):
     """Rows of what a search for a few requests, side by side, has visited: of each request up to three
     replies. Seed and batch decide its width, its beta, the prefills, and whether the MRM reads these.
-    requests: (request, opening of a reply or None, held out). sources: of rows with beta 0, and above 0.
+    requests: (request, opening of a reply or None, held out). sources: the names for rows with beta 0, and with beta above 0.
     attack: a name of ATTACKS. Policy and MRM read the request as it was attacked. Its rewards are to be those
     of the request as it was asked, which a row has as `asked`."""
     # 1. The search.

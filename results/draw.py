@@ -23,7 +23,7 @@ def attack_success(path, summary):
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     methods = list(dict.fromkeys(line["safety"] for line in summary))
-    for axis, key, title in ((axes[0], "asr", "by the guard that steers"),
+    for axis, key, title in ((axes[0], "asr", "by the guard"),
                              (axes[1], "judge_asr", "by the judge")):
         for method in methods:
             mine = [line for line in summary if line["safety"] == method]

@@ -46,7 +46,7 @@ def main():
         seed = arguments.get("seed")
         mrm = arguments.get("mrm")
         if (seed, mrm) in zip(seeds, mrms):
-            raise BadInput(f"{folder} has the same seed and MRM as an earlier folder, {seed}; "
+            raise BadInput(f"{folder} has the same seed ({seed}) and MRM as an earlier folder; "
                            "its replies would count twice")
         differ = [key for key, value in arguments.items() if first.get(key) != value]
         if set(differ) - {"seed", "mrm"}:

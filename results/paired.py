@@ -20,13 +20,15 @@ from plumbing.start import run  # noqa: E402
 import numpy as np  # noqa: E402
 
 from plumbing.errors import BadInput  # noqa: E402
+from plumbing.measures import succeeded  # noqa: E402
 from plumbing.parser import Parser  # noqa: E402
 from plumbing.tables import interval, read_results  # noqa: E402
 
 # What is compared: name, key of a result, whether of harmless requests
 MEASURES = [("ASR, guard", "asr", False), ("ASR, judge", "judge_asr", False),
-            ("repeats", "degenerate", False), ("log-probability", "log_prob", False),
-            ("refused", "refused", True), ("flagged", "asr", True)]
+            ("ASR, both, a varied reply", "varied", False), ("repeats", "degenerate", False),
+            ("log-probability", "log_prob", False), ("log-probability, harmless", "log_prob", True),
+            ("refused", "refused", True), ("flagged, guard", "asr", True), ("flagged, judge", "judge_asr", True)]
 
 
 def side(text):
@@ -39,6 +41,9 @@ def side(text):
     if not results:
         raise BadInput(f"{text}: found no replies; expected folders of eval.py, a search and a width, "
                        "such as out/visible:saffron:4")
+    for r in results:
+        if "judge_asr" in r and "distinct" in r:
+            r["varied"] = succeeded(r, "varied")
     return results
 
 
