@@ -71,7 +71,8 @@ def settings(batch, seed):
 def search_batch(policy, mrm, requests, batch, sources, max_prompt, max_reply, seed, attack="none"):
     """Rows of what a search for a few requests, side by side, has visited: of each request up to three
     replies. Seed and batch decide its width, its beta, the prefills, and whether the MRM reads these.
-    requests: (request, opening of a reply or None, held out). sources: the names for rows with beta 0, and with beta above 0.
+    requests: (request, opening of a reply or None, held out). sources: the names for rows with beta 0, and
+    with beta above 0.
     attack: a name of ATTACKS. Policy and MRM read the request as it was attacked. Its rewards are to be those
     of the request as it was asked, which a row has as `asked`."""
     # 1. The search.

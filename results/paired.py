@@ -28,7 +28,8 @@ from plumbing.tables import interval, read_results  # noqa: E402
 MEASURES = [("ASR, guard", "asr", False), ("ASR, judge", "judge_asr", False),
             ("ASR, both, a varied reply", "varied", False), ("repeats", "degenerate", False),
             ("log-probability", "log_prob", False), ("log-probability, harmless", "log_prob", True),
-            ("refused", "refused", True), ("flagged, guard", "asr", True), ("flagged, judge", "judge_asr", True)]
+            ("refused", "refused", True), ("flagged, guard", "asr", True),
+            ("flagged, judge", "judge_asr", True)]
 
 
 def side(text):
