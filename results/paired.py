@@ -33,7 +33,7 @@ MEASURES = [("ASR, guard", "asr", False), ("ASR, judge", "judge_asr", False),
 
 
 def side(text):
-    """The results that DIR,DIR:SEARCH:WIDTH names."""
+    """The results that DIR,DIR:SEARCH:WIDTH names, with the key "varied" where there is a judge."""
     folders, method, width = (text.rsplit(":", 2) + ["", ""])[:3]
     results = [r for folder in folders.split(",") for r in read_results(Path(folder))
                if (r["safety"], str(r["width"])) == (method, width)]

@@ -413,5 +413,17 @@ def test_paired_differences_are_over_requests(tmp_path):
     guard, judge = (line.split(" | ") for line in out.splitlines()[2:4])
     assert guard[1:5] == ["2", "0.750", "0.000", "+0.750 [+0.500, +1.000] |"]
     assert judge[4] == "+0.000 [-1.000, +1.000] |"                      # none differs: the rule of three
+    # By both classifiers, with a varied reply: of four successes by both, three are varied.
+    for name, shares in (("d", (0.5, 0.9)), ("e", (0.6, 0.4))):
+        (tmp_path / name).mkdir()
+        rows = [{"safety": "none", "width": 1, "row": i, "prompt": f"p{i}", "text": "", "asr": True,
+                 "judge_asr": True, "distinct": share, "category": None} for i, share in enumerate(shares)]
+        rows.append(rows[0] | {"row": 2, "prompt": "p2", "asr": False, "category": "harmless"})
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = run_script("results/paired.py", f"{tmp_path}/d:none:1", f"{tmp_path}/e:none:1")
+    lines = {line.split(" | ")[0]: line.split(" | ")[1:4] for line in out.splitlines()}
+    assert lines["| ASR, both, a varied reply"] == ["2", "1.000", "0.500"], err
+    assert lines["| flagged, guard"] == ["1", "0.000", "0.000"]
+    assert lines["| flagged, judge"] == ["1", "1.000", "1.000"]
     status, _, err = run_script("results/paired.py", f"{tmp_path}/a:saffron:4", f"{tmp_path}/c:saffron:4")
     assert status == 2 and "found no replies" in err
