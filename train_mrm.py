@@ -260,7 +260,8 @@ def train(args):
 
 
 def log_report(title, report):
-    log(f"{title}: " + ", ".join(f"{key} {value:.4f}" for key, value in report.items()))
+    log(f"{title}: " + ", ".join(f"{key} {value if isinstance(value, int) else f'{value:.4f}'}"
+                                 for key, value in report.items()))
 
 
 def main():

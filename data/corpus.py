@@ -54,7 +54,7 @@ def collate(examples, device):
             prefix = prefixes.setdefault((i, position), len(prefixes))
             siblings.append((i, start + position - 1, token, reward, prefix))
     rows, columns, targets = (torch.tensor(values, device=device) for values in zip(*supervised))
-    no_column = torch.zeros(0, dtype=torch.long)
+    no_column = torch.zeros(0, dtype=torch.long, device=device)
     of_siblings = [torch.tensor(values, device=device) for values in zip(*siblings)] or [no_column] * 5
     return Batch(tokens.to(device), rows, columns, targets, *of_siblings)
 

@@ -65,8 +65,9 @@ def validate_guard(guard, examples, device):
 
 
 def validate_mrm(mrm, examples, device):
-    """MSE, R² and agreement in sign with the guard, over all reply tokens of the held-out replies, and what
-    `compare_siblings` says: of each source (where there are several), then of all."""
+    """How many held-out replies to how many requests there are; MSE, R² and agreement in sign with the guard,
+    over all their tokens; and what `compare_siblings` says. Of each source (if there are several), then of
+    all."""
     pairs = predictions_with_siblings(mrm, examples, device)
     report = {}
     sources = sorted({e.source for e in examples})
@@ -75,8 +76,8 @@ def validate_mrm(mrm, examples, device):
         ours = np.concatenate([m for _, m, _ in mine])
         theirs = np.concatenate([e.targets for e, _, _ in mine])
         mse = np.mean((ours - theirs) ** 2)
-        numbers = {"mse": mse, "r2": 1 - mse / theirs.var(),
-                   "sign agreement": np.mean((ours < 0) == (theirs < 0))}
+        numbers = {"replies": len(mine), "requests": len({tuple(e.context) for e, _, _ in mine}), "mse": mse,
+                   "r2": 1 - mse / theirs.var(), "sign agreement": np.mean((ours < 0) == (theirs < 0))}
         numbers |= compare_siblings([(e.siblings, m) for e, _, m in mine])
         report |= {f"{source}: {key}" if source else key: value for key, value in numbers.items()}
     return report

@@ -67,24 +67,30 @@ def predicted_flops(cost, policy, reward_llama):
     return flops
 
 
-def widths(text):
-    return [number(1, 10 ** 6)(width) for width in text.split(",")]
+def numbers(text):
+    """For argparse: whole numbers from 1, with commas between."""
+    return [number(1)(word) for word in text.split(",")]
 
 
 def main():
     parser = Parser(description="Predict what searches cost.")
     add = parser.add_argument
-    add("--width", type=widths, default="1,4,16", help="widths, with commas between")
+    add("--width", type=numbers, default="1,4,16", help="widths, with commas between")
     add("--steps", type=number(1), default=32, help="tokens of the reply")
-    add("--candidates", type=number(1), default=73, help="tokens of a nucleus (default: the mean of beam in "
-        "docs/results.md, visible protocol)")
-    add("--context", type=number(1), default=60, help="tokens before the reply")
+    add("--candidates", type=number(1), default=73, help="tokens of a nucleus (default: a mean of beam's)")
+    add("--context", type=numbers, default="52,31", help="tokens before the reply, as policy and reward model "
+        "read them (default: the means of data/prompts/harmful_dev.jsonl)")
     args = parser.parse_args()
+    if len(args.context) != 2:
+        parser.error("--context: expected two numbers with a comma between")
+    if max(args.width) > args.candidates:
+        parser.error(f"--width {max(args.width)}: the predictions hold for widths up to --candidates, "
+                     f"{args.candidates}")
     policy, guard, mrm = default_models()
     print("| method | width | policy calls | reward calls | tokens | TFLOP |\n|---|---|---|---|---|---|")
     for method in METHODS:
         for width in args.width:
-            cost = predicted_cost(method, width, args.steps, args.candidates, (args.context, args.context))
+            cost = predicted_cost(method, width, args.steps, args.candidates, args.context)
             flops = predicted_flops(cost, policy, (mrm if method == "saffron" else guard).llama)
             print(f"| {method} | {width} | {cost.policy_calls:,} | {cost.reward_calls:,} | "
                   f"{cost.policy_tokens + cost.reward_tokens:,} | {flops / 1e12:.3f} |")

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from conftest import ROOT, run_script
+from safetensors.torch import load_file
 
 import assign
 from plumbing.errors import BadInput
@@ -182,11 +183,21 @@ def test_the_program_of_exercise_6_works_as_written(smollm2_folder, monkeypatch,
     monkeypatch.chdir(ROOT)
     program = re.search(r"```python\n(.*?)```", assign.text_of(6), re.S)[1]
     assert "[:20]" in program and "max_new_tokens=32" in program
-    exec(program.replace("[:20]", "[:1]").replace("max_new_tokens=32", "max_new_tokens=6"), {})
+    exec(program.replace("[:20]", "[7:8]").replace("max_new_tokens=32", "max_new_tokens=6"), {})
     out = capsys.readouterr().out
-    forbidden = [int(n) for n in re.findall(r"(\d+) tokens are forbidden; of 6 that were selected", out)]
-    assert forbidden == [37286, 0] and out.count("M ") == 2
-    assert "37,286 of 49,152" in assign.text_of(6)
+    masked, free = out.split("\n0 tokens are forbidden\n")
+    assert masked.startswith(f"\n{committed_mask().sum()} tokens are forbidden\nM ") and "unseen" not in masked
+    assert free.startswith("M ") and masked.count("mean R ") == free.count("mean R ") == 1
+
+
+def committed_mask():
+    return load_file(ROOT / "data/smollm2/mrm.safetensors")["unseen"]
+
+
+def test_the_numbers_of_unseen_tokens_are_those_of_the_committed_mask():
+    unseen = int(committed_mask().sum())
+    assert f"{unseen:,} of 49,152 tokens are unseen" in " ".join(assign.text_of(6).split())
+    assert f"of 49,152 tokens, {49152 - unseen:,} may be said" in " ".join(assign.text_of(9).split())
 
 
 def test_a_copy_has_no_page_for_the_lecturer(student):

@@ -8,6 +8,7 @@ from conftest import paper, reward_model_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import engine
 from plumbing.tokenizer import Prompt, Template
 from mrm import MRM, add_lora, trained_tensors
 from plumbing.shared import same_base, share_pass
@@ -44,9 +45,17 @@ def test_kv_memory_grows_with_distinct_prefixes(tiny_policy, tiny_scalar_guard):
             and eight.unshared_kv_bytes > 7.9 * one.unshared_kv_bytes)
 
 
-def real_cost(method, policy, mrm, guard, width, steps, seed=0):
+def real_cost(method, policy, mrm, guard, width, steps, monkeypatch, seed=0):
     """The Result of a search in which no reply ends, each nucleus is the whole vocabulary but for the end of
-    sequence, and to the guard all is the same; and the tokens that policy and reward model read before it."""
+    sequence, and to the guard all is the same; the tokens of its context, and those that it reads in all, both
+    as (policy, reward model)."""
+    tries = []
+
+    def noted_trie(llama):
+        tries.append(TrieCache(llama))
+        return tries[-1]
+
+    monkeypatch.setattr(engine, "TrieCache", noted_trie)
     indifferent = copy.deepcopy(guard)
     torch.nn.init.zeros_(indifferent.head.weight)
     reward_model = reward_model_of(method, mrm, indifferent)
@@ -54,28 +63,32 @@ def real_cost(method, policy, mrm, guard, width, steps, seed=0):
     result = SEARCHES[method][0](policy, reward_model, prompt, paper(
         width=width, max_new_tokens=steps, min_new_tokens=steps, top_p=1.0, seed=seed))
     contexts = prompt.policy_tokens(policy.template), prompt.reward_tokens(reward_model.template)
-    return result, tuple(map(len, contexts))
+    read = [trie.computed for trie in tries]
+    assert len(read) == 2 and sum(read) == result.stats.tokens_computed
+    return result, tuple(map(len, contexts)), read
 
 
 @pytest.mark.exercise(11, points=4)
 @pytest.mark.parametrize("method", dilemma.METHODS)
 @pytest.mark.parametrize("width, steps", [(1, 1), (1, 5), (4, 1), (4, 2), (3, 6)])
-def test_calls_and_tokens_are_as_predicted(method, width, steps, tiny_policy, tiny_mrm, tiny_scalar_guard):
+def test_calls_and_tokens_are_as_predicted(method, width, steps, tiny_policy, tiny_mrm, tiny_scalar_guard,
+                                           monkeypatch):
     """Exactly those of a real search on tiny models, under the conditions of results/dilemma.py."""
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)                     # of which no token is unseen
     for seed in range(100):
-        result, context = real_cost(method, tiny_policy, mrm, tiny_scalar_guard, width, steps, seed)
+        result, context, read = real_cost(method, tiny_policy, mrm, tiny_scalar_guard, width, steps,
+                                          monkeypatch, seed)
         if method != "best_of_n" or len({b.tokens[0] for b in result.trace[0]}) == width:
             break                                                               # no two begin alike
     cost = dilemma.predicted_cost(method, width, steps, 511, context)
     assert cost.policy_calls == result.stats.policy_calls
     assert cost.reward_calls == result.stats.reward_calls
-    assert cost.policy_tokens + cost.reward_tokens == result.stats.tokens_computed
+    assert [cost.policy_tokens, cost.reward_tokens] == read
 
 
 @pytest.mark.exercise(11, points=2)
 @pytest.mark.parametrize("method", ["rebase", "saffron"])
-def test_flops_are_as_predicted(method, tiny_policy, tiny_mrm, tiny_scalar_guard):
+def test_flops_are_as_predicted(method, tiny_policy, tiny_mrm, tiny_scalar_guard, monkeypatch):
     """Two for each weight and token, and the policy's unembedding. Attention, which is left out, is less than
     a tenth of what a real search counts here."""
     config, llama = tiny_policy.config, tiny_mrm.llama
@@ -87,7 +100,7 @@ def test_flops_are_as_predicted(method, tiny_policy, tiny_mrm, tiny_scalar_guard
     assert flops(0, 0, 1, 0) == 2 * config.linear_params
     assert flops(0, 0, 0, 1) == 2 * (llama.config.linear_params + lora)
     mrm = type(tiny_mrm)(llama, tiny_mrm.template)
-    result, context = real_cost(method, tiny_policy, mrm, tiny_scalar_guard, 3, 6)
+    result, context, _ = real_cost(method, tiny_policy, mrm, tiny_scalar_guard, 3, 6, monkeypatch)
     reward_llama = llama if method == "saffron" else tiny_scalar_guard.llama
     predicted = dilemma.predicted_flops(dilemma.predicted_cost(method, 3, 6, 511, context), tiny_policy,
                                         reward_llama)

@@ -95,7 +95,8 @@ def test_loss_computes_one_entry_for_each_position(new_mrm, monkeypatch):
     new_mrm.bias.data += 1
     torch.testing.assert_close(new_mrm.child_rewards(hidden, children), entries + 1)
     new_mrm.bias.data.zero_(), new_mrm.gain.data.zero_()
-    assert new_mrm.child_rewards(hidden, children).abs().max() == 0
+    entries = new_mrm.child_rewards(hidden, children)
+    assert entries.abs().max() == 0, "the product is times the gain"
     hidden, children = torch.randn(64, 48, dtype=torch.float64), torch.arange(64)
     rewards = torch.ones(64, dtype=torch.float64)
     for function in (lambda n: new_mrm.child_rewards(hidden[:n], children[:n]),
@@ -142,8 +143,9 @@ def test_a_batch_has_each_reply_token_with_its_reward():
     three = example([8], [34, 35], [-3.0, 4.0])
     batch = collate([one, two, three], "cpu")
     assert batch.tokens.shape == (3, 6) and batch.tokens.dtype == torch.long
-    for row, e in zip(batch.tokens.tolist(), (one, two, three)):
-        assert row[:len(e.context + e.reply)] == e.context + e.reply, "a context, its reply, then padding"
+    assert batch.tokens.tolist() == [[1, 2, 30, 31, 32, 0], [3, 4, 5, 6, 7, 33], [8, 34, 35, 0, 0, 0]], (
+        "a context, its reply, then padding")
+    assert batch.targets.is_floating_point() and batch.rows.dtype == batch.columns.dtype == torch.long
     assert list(zip(batch.rows.tolist(), batch.columns.tolist(), batch.targets.tolist())) == [
         (0, 2, 0.5), (0, 3, -1.0), (0, 4, 2.0), (1, 5, 0.25), (2, 1, -3.0), (2, 2, 4.0)]
     assert batch.tokens[batch.rows, batch.columns].tolist() == [30, 31, 32, 33, 34, 35]
@@ -151,20 +153,22 @@ def test_a_batch_has_each_reply_token_with_its_reward():
 
 @pytest.mark.exercise(5, points=2)
 def test_siblings_go_with_the_token_before_them():
-    """A sibling at position p could follow reply[:p]; those of one prefix share a number, others do not."""
-    one = example([1, 2], [30, 31, 32], [0.0] * 3, [(0, 40, 1.0), (0, 41, 0.5), (2, 42, -1.0), (2, 43, 2.0)])
+    """A sibling at position p could follow reply[:p]; those of one prefix share a number, others do not: of
+    another example, or where one of another prefix stands between two of the same."""
+    one = example([1, 2], [30, 31, 32], [0.0] * 3, [(0, 40, 1.0), (2, 42, -1.0), (0, 41, 0.5), (2, 43, 2.0)])
     two = example([3, 4, 5], [33, 34], [0.0] * 2)
-    three = example([6, 7, 8, 9], [35], [0.0], [(0, 44, 0.25), (0, 40, -0.5)])
+    three = example([6, 7, 8, 9], [35, 36], [0.0] * 2, [(2, 44, 0.25), (2, 40, -0.5), (0, 45, 3.0)])
     batch = collate([one, two, three], "cpu")
-    assert batch.sibling_rows.tolist() == [0, 0, 0, 0, 2, 2]
-    assert batch.tokens[batch.sibling_rows, batch.sibling_columns].tolist() == [2, 2, 31, 31, 9, 9], (
+    assert batch.sibling_rows.tolist() == [0, 0, 0, 0, 2, 2, 2]
+    assert batch.tokens[batch.sibling_rows, batch.sibling_columns].tolist() == [2, 31, 2, 31, 36, 36, 9], (
         "the token before a sibling is the last one of its prefix")
-    assert batch.sibling_columns.tolist() == [1, 1, 3, 3, 3, 3]
-    assert batch.sibling_tokens.tolist() == [40, 41, 42, 43, 44, 40]
-    assert batch.sibling_rewards.tolist() == [1.0, 0.5, -1.0, 2.0, 0.25, -0.5]
-    assert batch.sibling_prefixes.tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.sibling_columns.tolist() == [1, 3, 1, 3, 5, 5, 3]
+    assert batch.sibling_tokens.tolist() == [40, 42, 41, 43, 44, 40, 45]
+    assert batch.sibling_rewards.tolist() == [1.0, -1.0, 0.5, 2.0, 0.25, -0.5, 3.0]
+    assert batch.sibling_prefixes.tolist() == [0, 1, 0, 1, 2, 2, 3]
     none = collate([two], "cpu")
     assert len(none.sibling_rows) == len(none.sibling_tokens) == len(none.sibling_prefixes) == 0
+    assert none.sibling_rows.dtype == none.sibling_columns.dtype == torch.long, "integers, though none is there"
     assert none.tokens[none.sibling_rows, none.sibling_columns].shape == (0,)
 
 
@@ -252,6 +256,8 @@ def test_unseen_tokens_are_those_that_stand_too_seldom_in_the_replies(tiny_guard
         assert set((~unseen).nonzero().flatten().tolist()) == seen, f"min_count {min_count}"
     assert set((~unseen_tokens(replies, config)).nonzero().flatten().tolist()) == {7, 11, 20, 30, 40, 50}
     assert set((~unseen_tokens([[]], config)).nonzero().flatten().tolist()) == {7, 11}
+    distinct = {tuple(reply): reply for reply in replies}                   # train_mrm.py gives such a view
+    assert torch.equal(unseen_tokens(distinct.values(), config, 2), unseen_tokens(replies, config, 2))
 
 
 @pytest.mark.exercise(6, points=2)

@@ -133,6 +133,14 @@ WRONG = [
      "test_siblings_go_with_the_token_before_them"),
     (5, "data/corpus.py:collate", "prefixes.setdefault((i, position)", "prefixes.setdefault(position",
      "test_siblings_go_with_the_token_before_them"),
+    (5, "data/corpus.py:collate", "prefixes.setdefault((i, position), len(prefixes))",
+     "len(prefixes) - (list(prefixes.values())[-1:] == [position])\n            prefixes[prefix] = position",
+     "test_siblings_go_with_the_token_before_them"),
+    (5, "data/corpus.py:collate", "prefixes.setdefault((i, position), len(prefixes))",
+     "len(prefixes) - (list(prefixes.values())[-1:] == [(i, position)])\n"
+     "            prefixes[prefix] = i, position", "test_siblings_go_with_the_token_before_them"),
+    (5, "data/corpus.py:collate", "torch.zeros(len(examples), length, dtype=torch.long)",
+     "torch.full((len(examples), length), 7)", "test_a_batch_has_each_reply_token_with_its_reward"),
 
     # 6. what M knows
     (6, "mrm.py:unseen_tokens", "< min_count", "<= min_count",
@@ -140,6 +148,9 @@ WRONG = [
     (6, "mrm.py:unseen_tokens", "unseen[list(config.eos_token_ids)] = False", "pass",
      "test_unseen_tokens_are_those_that_stand_too_seldom_in_the_replies"),
     (6, "mrm.py:unseen_tokens", "unseen[list(config.eos_token_ids)]", "unseen[config.eos_token_ids[0]]",
+     "test_unseen_tokens_are_those_that_stand_too_seldom_in_the_replies"),
+    (6, "mrm.py:unseen_tokens", "for reply in replies for token in reply]",
+     "for i in range(len(replies)) for token in replies[i]]",
      "test_unseen_tokens_are_those_that_stand_too_seldom_in_the_replies"),
     (6, "mrm.py:unseen_tokens", "for token in reply]", "for token in set(reply)]",
      "test_unseen_tokens_are_those_that_stand_too_seldom_in_the_replies"),
@@ -215,6 +226,8 @@ WRONG = [
      "test_calls_and_tokens_are_as_predicted"),
     (11, "results/dilemma.py:predicted_cost", "Cost(width * steps, width,",
      "Cost(width * steps, width * steps,", "test_calls_and_tokens_are_as_predicted"),
+    (11, "results/dilemma.py:predicted_cost", "Cost(asked, asked, policy_tokens, reward_context + asked - 1)",
+     "Cost(asked, asked, reward_context + asked - 1, policy_tokens)", "test_calls_and_tokens_are_as_predicted"),
     (11, "results/dilemma.py:predicted_flops", "llama.config.linear_params + lora",
      "llama.config.linear_params", "test_flops_are_as_predicted"),
     (11, "results/dilemma.py:predicted_flops", "cost.policy_calls *", "cost.policy_tokens *",
@@ -292,7 +305,7 @@ def collate(examples, device):
     length = max(len(e.context) + len(e.reply) for e in examples)
     lines, rows, columns, targets = [], [], [], []
     others = [[], [], [], [], []]
-    prefix, number = None, -1
+    known = []
     for i, e in enumerate(examples):
         line = e.context + e.reply
         lines.append(line + [0] * (length - len(line)))
@@ -301,9 +314,9 @@ def collate(examples, device):
             columns.append(len(e.context) + j)
             targets.append(e.targets[j])
         for p, a, r in e.siblings:
-            number += (i, p) != prefix
-            prefix = i, p
-            for column, value in zip(others, (i, len(e.context) + p - 1, a, r, number)):
+            if (i, p) not in known:
+                known.append((i, p))
+            for column, value in zip(others, (i, len(e.context) + p - 1, a, r, known.index((i, p)))):
                 column.append(value)
     ints = [torch.tensor(values, dtype=torch.long, device=device) for values in (
         lines, rows, columns, others[0], others[1], others[2], others[4])]
