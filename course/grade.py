@@ -4,10 +4,10 @@ Grade a class: a row for each student in a CSV.
     python course/grade.py --exercises 4 5 6 submissions/*
 
 A submission is a folder with the student's name, and in it the modules that the exercises are in; for
-these three, submissions/NAME/search.py and submissions/NAME/mrm.py. It may be a whole student copy: nothing
-else in it is read. The columns: the points of each exercise, their sum, what failed, seconds, what was
-changed elsewhere and is left behind, why tampering is suspected, and how the tests were isolated. Students
-whom the table has already get a new row; the other rows stay.
+these three, search.py, mrm.py and data/corpus.py. It may be a whole student copy: nothing else in it is read.
+The columns: the points of each exercise, their sum, what failed, seconds, what was changed elsewhere and is
+left behind, why tampering is suspected, and how the tests were isolated. Students whom the table has already
+get a new row; the other rows stay.
 
 For each exercise, graft.py puts the student's functions into the reference files, which have the solutions of
 all other exercises, and run_tests.py runs the tests of that exercise on them. With bubblewrap (`bwrap`) that

@@ -77,9 +77,10 @@ def main():
     add = parser.add_argument
     add("--width", type=numbers, default="1,4,16", help="widths, with commas between")
     add("--steps", type=number(1), default=32, help="tokens of the reply")
-    add("--candidates", type=number(1), default=73, help="tokens of a nucleus (default: a mean of beam's)")
-    add("--context", type=numbers, default="52,31", help="tokens before the reply, as policy and reward model "
-        "read them (default: the means of data/prompts/harmful_dev.jsonl)")
+    add("--candidates", type=number(1), default=84, help="tokens of a nucleus; beam has so many at "
+        "width 1, in the mean of 30 prompts of data/prompts/harmful_dev.jsonl")
+    add("--context", type=numbers, default="52,31", help="tokens before the reply, as policy and reward "
+        "model read them; with these prompts it is so many in the mean")
     args = parser.parse_args()
     if len(args.context) != 2:
         parser.error("--context: expected two numbers with a comma between")

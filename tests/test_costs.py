@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import paper, reward_model_of
+from conftest import paper, reward_model_of, run_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,6 +105,26 @@ def test_flops_are_as_predicted(method, tiny_policy, tiny_mrm, tiny_scalar_guard
     predicted = dilemma.predicted_flops(dilemma.predicted_cost(method, 3, 6, 511, context), tiny_policy,
                                         reward_llama)
     assert 0.9 * result.stats.flops < predicted < result.stats.flops
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--context", "60"], "two numbers"), (["--width", "4,x"], "'x' is not a whole number"),
+    (["--width", "1,100"], "widths up to --candidates, 84")])
+def test_predictions_that_would_not_hold_are_refused(options, said):
+    status, out, err = run_script("results/dilemma.py", *options)
+    assert (status, out) == (2, "") and said in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_table_of_predictions(smollm2_folder):
+    """saffron costs about as much as rebase, and beam many times that."""
+    status, out, err = run_script("results/dilemma.py", "--width", "4")
+    assert status == 0, err
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in out.splitlines()[2:]}
+    assert [row[:3] for row in rows.values()] == [["4", "128", "4"], ["4", "125", "10,500"],
+                                                  ["4", "125", "128"], ["4", "125", "125"]]
+    tflop = {name.strip("| "): float(row[-1].strip("| ")) for name, row in rows.items()}
+    assert tflop["saffron"] < 1.2 * tflop["rebase"] < tflop["beam"] / 10
 
 
 @pytest.mark.parametrize("method", SEARCHES)

@@ -38,16 +38,19 @@ def with_body(source, name, body):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """search.py and mrm.py as a student gets them, and with `nucleus` solved."""
+    """The modules of both exercises as a student gets them, right, and search.py with `nucleus` solved."""
     copy = tmp_path_factory.mktemp("blank") / "copy"
     assign.write_copy(copy, [NUCLEUS, LOSS])
-    search, mrm = [(copy / name).read_text(encoding="utf-8") for name in ("search.py", "mrm.py")]
+    search, mrm, corpus = [(copy / name).read_text(encoding="utf-8")
+                           for name in ("search.py", "mrm.py", "data/corpus.py")]
     solved = ast.get_source_segment((ROOT / "search.py").read_text(encoding="utf-8"), assign.find(
         ast.parse((ROOT / "search.py").read_text(encoding="utf-8")), "nucleus"))
     body = solved.partition("    limit = ")
-    return {"search": search, "mrm": mrm, "half": with_body(search, "nucleus", body[1] + body[2]),
+    return {"search": search, "mrm": mrm, "corpus": corpus,
+            "half": with_body(search, "nucleus", body[1] + body[2]),
             "right search": (ROOT / "search.py").read_text(encoding="utf-8"),
-            "right mrm": (ROOT / "mrm.py").read_text(encoding="utf-8")}
+            "right mrm": (ROOT / "mrm.py").read_text(encoding="utf-8"),
+            "right corpus": (ROOT / "data/corpus.py").read_text(encoding="utf-8")}
 
 
 OWN_WAY = '''
@@ -133,7 +136,7 @@ ALLCLOSE = '''
 @pytest.fixture(scope="module")
 def class_of_twelve(tmp_path_factory, sources):
     """The table of the class, by student. Whoever cheats does it in `candidates`, once at top level, where it
-    would run during import, and once in the function; `nucleus` is solved, mrm.py is not."""
+    would run during import, and once in the function; `nucleus` is solved, the other exercise is not."""
     folder = tmp_path_factory.mktemp("class")
     half, mrm = sources["half"], sources["mrm"]
     assert half != sources["search"] and len({half, sources["right search"]}) == 2
@@ -151,9 +154,11 @@ def class_of_twelve(tmp_path_factory, sources):
     files["print"] = half + at_top, mrm + at_top
     assert len(files) == 12
     for name, (search, loss) in files.items():
-        (folder / "in" / name).mkdir(parents=True)
+        (folder / "in" / name / "data").mkdir(parents=True)
         (folder / "in" / name / "search.py").write_text(search, encoding="utf-8")
         (folder / "in" / name / "mrm.py").write_text(loss, encoding="utf-8")
+        corpus = sources["right corpus" if loss == sources["right mrm"] else "corpus"]
+        (folder / "in" / name / "data" / "corpus.py").write_text(corpus, encoding="utf-8")
     (folder / "in" / "right" / "notes.py").write_text("1 / 0", encoding="utf-8")
     (folder / "in" / "stray.zip").write_bytes(b"")
     command = [sys.executable, "course/grade.py", "--exercises", str(NUCLEUS), str(LOSS),

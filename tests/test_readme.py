@@ -190,6 +190,15 @@ def test_the_exercises_are_listed_with_their_points():
         assert (minutes, points) == (assign.time_of(int(n)), assign.worth(int(n)))
 
 
+def test_teachers_are_told_which_files_a_submission_has():
+    files = {}
+    for n, exercise in assign.EXERCISES.items():
+        for function in exercise.functions:
+            files.setdefault(function.split(":")[0], set()).add(str(n))
+    table = rows(section("docs/teach.md", "Grade"), 2)
+    assert {file: set(numbers.split(", ")) for file, numbers in table} == files
+
+
 def test_the_citation_is_that_of_the_paper():
     text, bibtex = text_of("CITATION.cff"), section("docs/paper.md", "How to cite the paper")
     assert text.startswith("cff-version: 1.2.0\n")
