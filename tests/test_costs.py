@@ -1,6 +1,7 @@
 """What a search costs is counted right, and batches and shared weights change nothing but the time."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 from plumbing.tokenizer import Prompt, Template
+from model import Llama
 from mrm import MRM, add_lora, trained_tensors
 from plumbing.shared import same_base, share_pass
 from baselines import SEARCHES, best_of_n
@@ -81,9 +83,13 @@ def test_calls_and_tokens_are_as_predicted(method, width, steps, tiny_policy, ti
         if method != "best_of_n" or len({b.tokens[0] for b in result.trace[0]}) == width:
             break                                                               # no two begin alike
     cost = dilemma.predicted_cost(method, width, steps, 511, context)
-    assert cost.policy_calls == result.stats.policy_calls
-    assert cost.reward_calls == result.stats.reward_calls
-    assert [cost.policy_tokens, cost.reward_tokens] == read
+    where = f"of {method}, width {width}, {steps} steps, 511 tokens in a nucleus"
+    assert cost.policy_calls == result.stats.policy_calls, f"policy calls {where}"
+    assert cost.reward_calls == result.stats.reward_calls, f"reward calls {where}"
+    assert [cost.policy_tokens, cost.reward_tokens] == read, f"tokens of policy and reward model {where}"
+    if method == "beam":
+        fewer = dilemma.predicted_cost(method, width, steps, 73, context)
+        assert fewer.reward_calls * 511 == cost.reward_calls * 73, "with 73 tokens in a nucleus"
 
 
 @pytest.mark.exercise(11, points=2)
@@ -91,17 +97,20 @@ def test_calls_and_tokens_are_as_predicted(method, width, steps, tiny_policy, ti
 def test_flops_are_as_predicted(method, tiny_policy, tiny_mrm, tiny_scalar_guard, monkeypatch):
     """Two for each weight and token, and the policy's unembedding. Attention, which is left out, is less than
     a tenth of what a real search counts here."""
-    config, llama = tiny_policy.config, tiny_mrm.llama
-    lora = sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)
-    assert lora > 0
-    flops = lambda *numbers: dilemma.predicted_flops(dilemma.Cost(*numbers), tiny_policy, llama)
-    assert flops(1, 0, 0, 0) == 2 * config.hidden_size * config.vocab_size
+    small = replace(tiny_policy.config, vocab_size=100, hidden_size=32, intermediate_size=40,
+                    num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    policy, other = add_lora(tiny_policy, 3, 6, ["q_proj"]), add_lora(Llama(small), 2, 4, ["down_proj"])
+    added, of_other = [sum(p.numel() for name, p in llama.named_parameters() if "lora_" in name)
+                       for llama in (policy, other)]
+    assert added > 0 and of_other > 0 and small.linear_params != policy.config.linear_params
+    flops = lambda *numbers: dilemma.predicted_flops(dilemma.Cost(*numbers), policy, other)
+    assert flops(1, 0, 0, 0) == 2 * policy.config.hidden_size * policy.config.vocab_size
     assert flops(0, 5, 0, 0) == 0, "the reward model's head is left out"
-    assert flops(0, 0, 1, 0) == 2 * config.linear_params
-    assert flops(0, 0, 0, 1) == 2 * (llama.config.linear_params + lora)
-    mrm = type(tiny_mrm)(llama, tiny_mrm.template)
+    assert flops(0, 0, 1, 0) == 2 * (policy.config.linear_params + added)
+    assert flops(0, 0, 0, 1) == 2 * (small.linear_params + of_other)
+    mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
     result, context, _ = real_cost(method, tiny_policy, mrm, tiny_scalar_guard, 3, 6, monkeypatch)
-    reward_llama = llama if method == "saffron" else tiny_scalar_guard.llama
+    reward_llama = mrm.llama if method == "saffron" else tiny_scalar_guard.llama
     predicted = dilemma.predicted_flops(dilemma.predicted_cost(method, 3, 6, 511, context), tiny_policy,
                                         reward_llama)
     assert 0.9 * result.stats.flops < predicted < result.stats.flops

@@ -70,12 +70,20 @@ def test_loss_equals_the_naive_one(new_mrm):
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations on tensors."""
-    count = 0
+    """Counts the operations on tensors, and the numbers of the largest result that is no view of the
+    weights."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.count = self.largest = 0
+        self.weights = weights.untyped_storage().data_ptr()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
         self.count += 1
-        return function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != self.weights:
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 @pytest.mark.exercise(5, points=2)
@@ -99,13 +107,15 @@ def test_loss_computes_one_entry_for_each_position(new_mrm, monkeypatch):
     assert entries.abs().max() == 0, "the product is times the gain"
     hidden, children = torch.randn(64, 48, dtype=torch.float64), torch.arange(64)
     rewards = torch.ones(64, dtype=torch.float64)
+    weights = new_mrm.llama.lm_head.weight
     for function in (lambda n: new_mrm.child_rewards(hidden[:n], children[:n]),
                      lambda n: partial_supervision_loss(new_mrm, hidden[:n], children[:n], rewards[:n])):
-        with Operations() as few:
+        with Operations(weights) as few:
             function(4)
-        with Operations() as many:
+        with Operations(weights) as many:
             function(64)
         assert many.count == few.count, "a loop over positions"
+        assert many.largest <= hidden.numel(), "more than one product for each position was computed"
 
 
 @pytest.mark.exercise(5, points=1)
@@ -154,15 +164,16 @@ def test_a_batch_has_each_reply_token_with_its_reward():
 @pytest.mark.exercise(5, points=2)
 def test_siblings_go_with_the_token_before_them():
     """A sibling at position p could follow reply[:p]; those of one prefix share a number, others do not: of
-    another example, or where one of another prefix stands between two of the same."""
+    another example (with the same tokens too), or where one of another prefix stands between two of the
+    same."""
     one = example([1, 2], [30, 31, 32], [0.0] * 3, [(0, 40, 1.0), (2, 42, -1.0), (0, 41, 0.5), (2, 43, 2.0)])
     two = example([3, 4, 5], [33, 34], [0.0] * 2)
-    three = example([6, 7, 8, 9], [35, 36], [0.0] * 2, [(2, 44, 0.25), (2, 40, -0.5), (0, 45, 3.0)])
+    three = example([1, 2], [30, 36], [0.0] * 2, [(2, 44, 0.25), (2, 40, -0.5), (0, 45, 3.0)])
     batch = collate([one, two, three], "cpu")
     assert batch.sibling_rows.tolist() == [0, 0, 0, 0, 2, 2, 2]
-    assert batch.tokens[batch.sibling_rows, batch.sibling_columns].tolist() == [2, 31, 2, 31, 36, 36, 9], (
-        "the token before a sibling is the last one of its prefix")
-    assert batch.sibling_columns.tolist() == [1, 3, 1, 3, 5, 5, 3]
+    assert batch.sibling_columns.tolist() == [1, 3, 1, 3, 3, 3, 1], (
+        "a sibling's column is that of the last token of its prefix")
+    assert batch.tokens[batch.sibling_rows, batch.sibling_columns].tolist() == [2, 31, 2, 31, 36, 36, 2]
     assert batch.sibling_tokens.tolist() == [40, 42, 41, 43, 44, 40, 45]
     assert batch.sibling_rewards.tolist() == [1.0, -1.0, 0.5, 2.0, 0.25, -0.5, 3.0]
     assert batch.sibling_prefixes.tolist() == [0, 1, 0, 1, 2, 2, 3]

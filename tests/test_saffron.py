@@ -89,7 +89,7 @@ def plain_log_prob(policy, prompt, tokens):
 
 
 @pytest.mark.exercise(7, points=2, bonus=True)
-def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_mrm):
+def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_mrm, tiny_scalar_guard):
     """log π of all its tokens, by the policy without cache; with a large beta it decides alone."""
     prompt, options = Prompt([1, 2, 3]), dict(max_new_tokens=5, min_new_tokens=5, top_p=0.9)
     result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=4, beta=0.5, **options))
@@ -101,8 +101,12 @@ def test_beta_ranks_by_the_probability_of_the_whole_reply_too(tiny_policy, tiny_
     assert any([b.reward for b in f] != sorted((b.reward for b in f), reverse=True)
                for f in result.trace), "beta changes no order"
     anything = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)                # of which no token is unseen
-    assert saffron(tiny_policy, anything, prompt, paper(width=1, beta=100.0, **options)).tokens == no_defence(
-        tiny_policy, None, prompt, paper(**options)).tokens
+    likeliest = no_defence(tiny_policy, None, prompt, paper(**options)).tokens
+    for reward_model in (anything, tiny_scalar_guard):
+        result = saffron(tiny_policy, reward_model, prompt, paper(width=1, beta=1e6, **options))
+        assert result.tokens == likeliest, f"with {type(reward_model).__name__}"
+    safe, likely = [Branch([i], 1.0 - i, True, log_prob=2.0 * i) for i in range(2)]
+    assert best([safe, likely], [], 2, 0.9) == [likely, safe] and best([safe, likely], [], 2, 0.1)[0] is safe
 
 
 @pytest.mark.exercise(7, points=2)
@@ -114,7 +118,10 @@ def test_a_branch_tells_its_reward(tiny_policy, tiny_mrm, monkeypatch):
                         lambda hidden: pytest.fail("all of M(s) was computed"))
     logits = tiny_mrm.llama.logits
     monkeypatch.setattr(tiny_mrm.llama, "logits", lambda hidden: pytest.fail("all of M(s) was computed"))
+    child_rewards, calls = tiny_mrm.child_rewards, []
+    monkeypatch.setattr(tiny_mrm, "child_rewards", lambda *given: calls.append(given) or child_rewards(*given))
     result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=3, max_new_tokens=4, min_new_tokens=4))
+    assert len(calls) == len(result.trace) == 4, "child_rewards gives M of all candidates of a step"
     monkeypatch.setattr(tiny_mrm.llama, "logits", logits)
     for branch in [branch for frontier in result.trace for branch in frontier]:
         *before, last = branch.tokens
@@ -144,8 +151,8 @@ def test_a_branch_tells_reward_and_probability_apart(tiny_policy, tiny_mrm):
 
 @pytest.mark.exercise(7, points=2)
 def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tiny_mrm):
-    """With an MRM to which all is the same, width 5 keeps the policy's five favourites,
-    then those of the first of them."""
+    """With an MRM to which all is the same, width 5 keeps the policy's five favourites, then those of the
+    first of them. At temperature 0 a sequence has one candidate."""
     same = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
     same.gain.data.zero_()
     prompt = Prompt([4, 5])
@@ -157,6 +164,8 @@ def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tin
         return tiny_policy.logits(hidden).index_fill(0, torch.tensor([7]), -math.inf).topk(5).indices.tolist()
     assert [b.tokens for b in first] == [[token] for token in favourites([])]
     assert [b.tokens for b in second] == [first[0].tokens + [token] for token in favourites(first[0].tokens)]
+    cold = saffron(tiny_policy, same, prompt, paper(width=5, max_new_tokens=2, top_p=0.99, temperature=0.0))
+    assert [[b.tokens for b in frontier] for frontier in cold.trace] == [[first[0].tokens], [second[0].tokens]]
 
 
 @pytest.mark.exercise(7, points=2)
@@ -189,10 +198,12 @@ def test_with_beta_saffron_does_not_run_in_circles(tiny_policy, tiny_mrm):
 def test_what_repeats_itself_fills_no_place():
     """With beta > 0 the next frontier may be narrower than the width:
     only if all children repeat themselves, they stay."""
-    child = lambda tokens, reward: Branch(tokens, reward, log_prob=0.0)
+    child = lambda tokens, reward: Branch(tokens, reward, parent=Branch(tokens[:-1]), log_prob=0.0)
     circle, fresh = child([1, 2, 3, 4, 1, 2, 3, 4], 2.0), child([1, 2, 3, 4, 1, 2, 3, 5], 1.0)
+    ended = Branch([1, 2, 3, 7, 1, 2, 3, 7], 3.0, True, log_prob=0.0)
     for children, beta, kept in (([circle, fresh], 0.1, [fresh]), ([circle, fresh], 0.0, [circle, fresh]),
-                                 ([circle, circle], 0.1, [circle, circle]), ([circle], 0.1, [circle])):
+                                 ([circle, circle], 0.1, [circle, circle]), ([circle], 0.1, [circle]),
+                                 ([ended, fresh], 0.1, [fresh])):
         assert best([], children, 2, beta) == kept, f"beta {beta}, {len(children)} children"
 
 
@@ -220,13 +231,14 @@ def test_a_fallback_takes_no_place_of_a_regular_candidate(seed):
 
 @pytest.mark.exercise(7, points=2)
 def test_the_search_tells_its_fallbacks(tiny_policy, tiny_mrm):
-    """With few seen tokens and a small nucleus, most sequences have a fallback, some a regular candidate. A
-    branch says which it is, and no fallback takes the place of a regular one, whatever its M."""
+    """With few seen tokens and a small nucleus, some sequences have a fallback, others regular candidates. A
+    branch says which its own last token is, and no fallback takes the place of a regular one, whatever its
+    M."""
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
     mrm.unseen[:] = torch.arange(512) % 3 > 0
     mrm.unseen[7] = False
     prompt, counts = Prompt([1, 2]), Counter()
-    result = saffron(tiny_policy, mrm, prompt, paper(width=4, max_new_tokens=8, min_new_tokens=8, top_p=0.02))
+    result = saffron(tiny_policy, mrm, prompt, paper(width=4, max_new_tokens=8, min_new_tokens=8, top_p=0.4))
     before = [Branch()]
     for frontier in result.trace:
         regular = 0
@@ -234,28 +246,34 @@ def test_the_search_tells_its_fallbacks(tiny_policy, tiny_mrm):
             context = prompt.policy_tokens(tiny_policy.template) + branch.tokens
             p = tiny_policy.logits(tiny_policy(torch.tensor([context]))[0, -1]).index_fill(
                 0, torch.tensor([7]), -math.inf).softmax(-1)
-            inside = [token for token in nucleus(p, 0.02).tolist() if not mrm.unseen[token]]
+            inside = [token for token in nucleus(p, 0.4).tolist() if not mrm.unseen[token]]
             regular += len(inside)
             for child in frontier:
                 if child.tokens[:-1] == branch.tokens:
                     assert child.fallback == (child.tokens[-1] not in inside)
         kept = sum(branch.fallback for branch in frontier)
         assert len(frontier) - kept == min(4, regular), "fallbacks fill only what regular ones leave free"
-        counts.update(branch.fallback for branch in frontier)
+        counts.update((len(frontier) > 1, branch.parent.fallback, branch.fallback) for branch in frontier)
         before = frontier
-    assert counts[True] and counts[False], "this search has fallbacks and regular candidates"
+    assert counts[True, False, True] and counts[True, True, False], (
+        "this search has fallbacks beside others, and regular candidates that follow a fallback")
 
 
 @pytest.mark.exercise(7, points=1)
 def test_a_fallback_fills_no_place_of_a_finished_one():
-    """Of width 3, one sequence has finished and one regular candidate is there: one place is left. A fallback
-    that ends does not stand before the regular candidate that has not."""
+    """Of width 3, one sequence has finished and one regular candidate is there: one place is left. Where a
+    fallback that ends gets it, it is the last of the finished ones. One that ended in an earlier step is a
+    finished one like others, but it stands behind these."""
     done, regular = Branch([1], 0.5, True, log_prob=0.0), Branch([2], 1.0, log_prob=0.0)
     ending = [Branch([3, i], 9.0 - i, True, None, 0.0, True) for i in range(3)]
     assert best([done], [regular, *ending], 3, 0.0) == [done, ending[0], regular]
     assert best([done, done], [regular, *ending], 3, 0.0) == [done, done, regular]
     assert best([done, done, done], [regular, *ending], 3, 0.0) == [done, done, done]
     assert best([], ending, 2, 0.0) == ending[:2]
+    earlier = Branch([5], 7.0, True, None, 0.0, True)
+    assert best([earlier], [regular, *ending], 2, 0.0) == [earlier, regular], "no place is left"
+    new = Branch([6], 0.1, True, log_prob=0.0)
+    assert best([earlier], [new], 2, 0.0) == [new, earlier], "fallbacks are the last of the finished"
 
 
 @pytest.mark.exercise(7, points=1, bonus=True)
@@ -376,7 +394,7 @@ def test_a_nucleus_is_that_of_the_paper(seed):
         assert set(nucleus(p, top_p).tolist()) == set((mass_above < top_p).nonzero().flatten().tolist())
 
 
-@pytest.mark.exercise(7, points=3)
+@pytest.mark.exercise(7, points=2)
 def test_finished_replies_stay_first_and_the_best_wins(tiny_policy, tiny_mrm):
     """With min_new_tokens = 0 and a wide nucleus, many branches end; the frontier keeps them, best first."""
     mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
@@ -401,6 +419,22 @@ def test_finished_replies_stay_first_and_the_best_wins(tiny_policy, tiny_mrm):
     result = saffron(tiny_policy, mrm, Prompt([3, 1, 4]),
                      paper(width=2, max_new_tokens=3, min_new_tokens=2, top_p=1.0))
     assert result.finished and result.tokens == [20, 20, 7] and result.reward < result.trace[-1][1].reward
+
+
+@pytest.mark.exercise(7, points=1)
+def test_finished_sequences_are_not_asked_about_and_stand_before_others_that_are_equal(tiny_policy, tiny_mrm):
+    """Who asks about them does work in vain. And a sequence that ends among the best `width` candidates takes
+    its place though an earlier one has ended."""
+    mrm = type(tiny_mrm)(tiny_mrm.llama, tiny_mrm.template)
+    mrm.bias.data[7] = 5.0                                                      # end-of-sequence looks safe
+    result = saffron(tiny_policy, mrm, Prompt([3, 1, 4]),
+                     paper(width=4, max_new_tokens=12, min_new_tokens=2, top_p=1.0))
+    asked = 1 + sum(not branch.finished for frontier in result.trace[:-1] for branch in frontier)
+    assert result.stats.policy_calls == result.stats.reward_calls == asked
+    old, new = [Branch([i], 0.0, True, log_prob=0.0) for i in range(2)]
+    assert best([old], [new], 2, 0.0) == [old, new], "the finished ones of F come first"
+    growing, ending = Branch([2], 2.0, log_prob=0.0), Branch([3], 1.0, True, log_prob=0.0)
+    assert best([old], [growing, ending], 2, 0.0) == [ending, old], "both are among the best 2 of C"
 
 
 # ------------------------------------------------------------------------------------------------------------
