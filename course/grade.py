@@ -7,7 +7,7 @@ A submission is a folder with the student's name, and in it the modules that the
 these three, search.py, mrm.py and data/corpus.py. It may be a whole student copy: nothing else in it is read.
 The columns: the points of each exercise, their sum, what failed, seconds, what was changed elsewhere and is
 left behind, why tampering is suspected, and how the tests were isolated. Students whom the table has already
-get a new row; the other rows stay.
+get a new row; the other rows stay. Bonus points have columns of their own, and are in no sum.
 
 For each exercise, graft.py puts the student's functions into the reference files, which have the solutions of
 all other exercises, and run_tests.py runs the tests of that exercise on them. With bubblewrap (`bwrap`) that
@@ -32,7 +32,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from assign import EXERCISES, blank, tests_of, write_copy
+from assign import EXERCISES, ROOT, blank, tests_of, write_copy
 from graft import graft, left_behind, read_module
 from plumbing.errors import BadInput
 from plumbing.files import check_output, read_text, write_file
@@ -68,8 +68,8 @@ def common_files():
 
 
 def grafted_files(n, trees, common):
-    """The files to grade exercise n with, and sentences on functions that are not there, and on those that
-    have a door. trees: {file: syntax tree of the student's}."""
+    """The files to grade exercise n with, and sentences on functions that are not there or cannot be taken,
+    and on those that have a door. trees: {file: syntax tree of the student's}. Raises BadInput."""
     exercise = EXERCISES[n]
     files, missing, refused = dict(common), [], []
     for file, names in by_file(exercise.functions + exercise.shown_by).items():     # no solution is in reach
@@ -80,8 +80,8 @@ def grafted_files(n, trees, common):
         if file in trees:
             source, absent, doors = graft(files[file].decode("utf-8"), trees[file], names)
             files[file] = source.encode("utf-8")
-            missing += [f"there is no {name} in {file}" for name in absent]
-            refused += [f"{name} in {file} was not taken ({where})" for name, where in doors.items()]
+            missing += [f"{name} in {file} was not taken: {why}" for name, why in absent.items()]
+            refused += [f"{name} in {file} was not taken: {where}" for name, where in doors.items()]
     return files, missing, refused
 
 
@@ -98,8 +98,13 @@ def sandbox(folder):
     needs of the system, and can write to `folder` alone."""
     command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent",
                "--new-session", "--cap-drop", "ALL"]
-    for path in ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/sys/devices/system/cpu",
-                 sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix), *packages()]:
+    readable = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/sys/devices/system/cpu",
+                sys.base_prefix, os.path.realpath(sys.base_prefix)]
+    for path in readable:
+        command += ["--ro-bind-try", path, path]
+    if any(ROOT.is_relative_to(path) for path in readable):
+        command += ["--tmpfs", str(ROOT)]                               # hides this repository
+    for path in [sys.prefix, *packages()]:
         command += ["--ro-bind-try", path, path]
     return command + ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--bind", folder, INSIDE,
                       "--remount-ro", "/", "--chdir", INSIDE]
@@ -142,8 +147,12 @@ class Runner:
         with contextlib.suppress(BrokenPipeError):
             pickle.dump({"exercise": n, "seconds": seconds, "files": files}, self.process.stdin)
             self.process.stdin.flush()
-        outcomes, why = {}, "their process ended"
-        while line := self.process.stdout.readline():
+        outcomes, why, kind = {}, "their process ended", ""
+        while kind != "end":
+            line = self.process.stdout.readline()
+            if not line:
+                self.process.wait()
+                break
             kind, *values = json.loads(line)
             if kind == "tests":
                 outcomes = dict.fromkeys(values[0], why)
@@ -151,10 +160,6 @@ class Runner:
                 outcomes[values[0]] = values[1]
             elif kind == "broken":
                 why = values[0]
-            else:
-                break
-        if not line:
-            self.process.wait()
         if not outcomes:
             raise BadInput(f"the tests of exercise {n} do not run here: {why}")
         return outcomes
@@ -205,31 +210,54 @@ def grade(folder, numbers, seconds, common, runners):
     every = by_file(f for exercise in EXERCISES.values() for f in exercise.functions + exercise.shown_by)
     for file in by_file(f for n in numbers for f in EXERCISES[n].functions):
         try:
-            trees[file] = read_module(folder / file)
+            tree = read_module(folder, file)
+            behind = left_behind(common[file].decode("utf-8"), tree, every[file])
+            changed += [f"{file}, {what}" for what in behind]
+            trees[file] = tree
         except BadInput as error:
             failed.append(str(error))
-            continue
-        behind = left_behind(common[file].decode("utf-8"), trees[file], every[file])
-        changed += [f"{file}, {what}" for what in behind]
     for n in reversed(numbers):                                         # the last ones take longest
-        files[n], missing, refused = grafted_files(n, trees, common)
-        failed += missing
-        suspicions += refused
+        try:
+            files[n], missing, refused = grafted_files(n, trees, common)
+            failed += missing
+            suspicions += refused
+        except BadInput as error:
+            failed.append(f"exercise {n}: {error}")
+            files[n], *_ = grafted_files(n, {}, common)
     outcomes = runners.run(files, seconds)
-    earned = dict.fromkeys(numbers, 0)
+    points, extra = [], []
     for n in numbers:
-        for test, points, _ in tests_of(n):
-            outcome = outcomes[n].get(test, "no result")
-            if outcome == "passed":
-                earned[n] += points
-            else:
-                failed.append(f"{test}: {outcome}")
-            if outcome == "tampered":
-                suspicions.append(f"{test}: what it is checked with was replaced while it ran")
-    points = list(earned.values())
-    return [cell(folder.resolve().name), *points, sum(points), sentence(failed),
+        earned, why, replaced = earned_by(n, outcomes[n], bonus=False)
+        points.append(earned)
+        failed += why
+        suspicions += replaced
+        if tests_of(n, bonus=True):
+            earned, why, replaced = earned_by(n, outcomes[n], bonus=True)
+            extra.append(earned)
+            failed += [f"bonus, {reason}" for reason in why]
+            suspicions += replaced
+    return [cell(folder.resolve().name), *points, sum(points), *extra, sentence(failed),
             f"{time.monotonic() - start:.1f}", sentence(changed), sentence(suspicions),
             "bubblewrap" if runners.isolated else "not isolated"]
+
+
+def earned_by(n, outcomes, bonus):
+    """The points of an exercise, or its bonus points; sentences on tests that failed; those on tampering."""
+    earned, failed, replaced, blank_ones = 0, [], [], 0
+    for test, points, _ in tests_of(n, bonus):
+        outcome = outcomes.get(test, "no result")
+        if outcome == "passed":
+            earned += points
+        elif f"NotImplementedError: exercise {n}" in outcome:
+            blank_ones += 1
+        else:
+            failed.append(f"{test}: {outcome}")
+        if outcome == "tampered":
+            replaced.append(f"{test}: what it is checked with was changed while it ran")
+    if blank_ones:
+        failed.append(f"exercise {n}: {blank_ones} test{'s' * (blank_ones > 1)} found a function that was not "
+                      "written, or not taken")
+    return earned, failed, replaced
 
 
 def sentence(reasons):
@@ -245,9 +273,10 @@ def cell(text):
 
 def header_of(numbers):
     possible = [sum(points for _, points, _ in tests_of(n)) for n in numbers]
+    bonus = {n: sum(points for _, points, _ in tests_of(n, bonus=True)) for n in numbers}
     return ["student", *(f"exercise {n} (of {most})" for n, most in zip(numbers, possible)),
-            f"points (of {sum(possible)})", "failed", "seconds", "also changed", "tampering suspected",
-            "isolation"]
+            f"points (of {sum(possible)})", *(f"bonus {n} (of {most})" for n, most in bonus.items() if most),
+            "failed", "seconds", "also changed", "tampering suspected", "isolation"]
 
 
 def read_table(path, header):
@@ -278,6 +307,8 @@ def submissions_among(paths):
             print(printable(f"grade.py: {path} is passed over: it is not a folder"), file=sys.stderr)
         elif not path.is_dir():
             raise BadInput(f"{path}: there is no such folder")
+        elif path.is_symlink():
+            raise BadInput(f"{path}: is a symbolic link; expected a folder")
         elif name in folders:
             raise BadInput(f"{path}: there are two submissions of this name")
         else:

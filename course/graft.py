@@ -4,7 +4,8 @@ What is taken from a submission: the functions that an exercise names, put into 
 From the syntax tree of a student's file, `graft` takes
 
 - the arguments and bodies of the functions and methods that the exercise names;
-- new functions at top level that these call, and new constants there that are literals (LIMIT = 4).
+- new functions at top level that these call, and new constants there: literals, attributes of modules,
+  numbers computed from these, and lambdas (LIMIT = 4, TWO_PI = 2 * math.pi).
 
 Everything else is left behind, and `left_behind` lists it: other code at top level, imports, decorators, new
 classes and methods, changes of other functions. (Annotations too, which nobody misses.) So nothing of the
@@ -14,37 +15,55 @@ that no exercise needs, counts as not written.
 
 import ast
 import builtins
+import contextlib
 import copy
+import functools
+import importlib
 import symtable
+import types
 import warnings
 
 from plumbing.errors import BadInput
 
 LARGEST = 2 ** 20                           # bytes of a file that is read
-# Doors lead to files, to other modules, to the code that calls a function. So do names that begin with __.
-DOORS = set("""exec eval compile open input breakpoint globals locals vars getattr setattr delattr
-    os sys gc io builtins importlib inspect subprocess ctypes pickle signal shutil pathlib socket threading
-    multiprocessing testing load load_inline save hub library from_file fromfile tofile loadtxt genfromtxt
-    memmap gi_frame f_back f_globals f_locals f_builtins""".split())
+# Doors lead to files, to other modules, to the code that calls a function, as attributes with _ in front do.
+DOORS = set("""exec eval compile open input breakpoint globals locals vars getattr setattr delattr help
+    license credits copyright os sys gc io builtins importlib inspect subprocess ctypes pickle signal shutil
+    pathlib Path socket threading multiprocessing testing hub library load load_inline save savez
+    savez_compressed savetxt dump dumps from_file fromfile tofile fromregex loadtxt genfromtxt memmap
+    DataSource gi_frame gi_code cr_frame ag_frame tb_frame f_back f_code f_globals f_locals
+    f_builtins""".split())
+MODULES = {"nn", "functional", "linalg", "special", "fft"}      # modules inside of others that are no doors
 
 
-def read_module(path):
-    """The syntax tree of a student's file. Raises BadInput with one line, which says where the mistake is."""
-    if not path.is_file() or path.is_symlink():                         # a link could lead to the solution
-        raise BadInput(f"there is no file {path.name}")
-    if path.stat().st_size > LARGEST:
-        raise BadInput(f"{path.name} has more than {LARGEST} bytes")
+@contextlib.contextmanager
+def reading_code(name):
+    """Turns what Python raises for a file that is wrong, or too large for it, into BadInput with one line."""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            content = path.read_bytes()
-            compile(content, path.name, "exec", dont_inherit=True)      # finds what the parser does not
-            tree = ast.parse(content)
-            ast.unparse(tree)                                           # as is done with parts of it later
-            return tree
+        yield
     except SyntaxError as error:
-        raise BadInput(f"{path.name}, line {error.lineno}: {error.msg}") from None
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise BadInput(f"{name}{line}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError, OverflowError) as error:
-        raise BadInput(f"{path.name} cannot be read ({type(error).__name__}: {error})") from None
+        raise BadInput(f"{name} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def read_module(folder, file):
+    """The syntax tree of a student's file: folder/file or, where uploads are flat, folder and its last name.
+    Raises BadInput with one line, which says where the mistake is."""
+    path = folder / file
+    if not path.exists():
+        path = folder / path.name
+    if not path.is_file() or path.resolve() != folder.resolve() / path.relative_to(folder):
+        raise BadInput(f"there is no file {file}")                      # a link could lead to the solution
+    if path.stat().st_size > LARGEST:
+        raise BadInput(f"{file} has more than {LARGEST} bytes")
+    with reading_code(file), warnings.catch_warnings(action="ignore"):
+        content = path.read_bytes()
+        compile(content, path.name, "exec", dont_inherit=True)          # finds what the parser does not
+        tree = ast.parse(content)
+        ast.unparse(tree)                                               # as is done with parts of it later
+        return tree
 
 
 def parts(tree):
@@ -61,16 +80,55 @@ def parts(tree):
     return found
 
 
-def is_literal(node):
+@functools.cache
+def modules_of(source):
+    """{name: module} of the modules that a reference file imports."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found[alias.asname or alias.name] = importlib.import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                thing = getattr(importlib.import_module(node.module), alias.name)
+                if isinstance(thing, types.ModuleType):
+                    found[alias.asname or alias.name] = thing
+    return found
+
+
+def attribute_of(node, modules):
+    """What `torch.nn.functional.relu` stands for, if it begins with a module and is there; else None."""
+    if isinstance(node, ast.Name):
+        return modules.get(node.id)
+    above = attribute_of(node.value, modules) if isinstance(node, ast.Attribute) else None
+    return None if above is None else getattr(above, node.attr, None)
+
+
+def is_plain(node, modules):
+    """Whether an expression may be computed during import: a literal, an attribute of a module, or a number
+    made of numbers. (No powers: a large one takes forever.) What then raises an error is not plain."""
     try:
         ast.literal_eval(node)
         return True
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        pass
+    for part in ast.walk(node):
+        is_number = isinstance(part, ast.Constant) and type(part.value) in (int, float)
+        is_sum = isinstance(part, (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UnaryOp, ast.USub))
+        if not (is_number or is_sum or isinstance(part, (ast.Attribute, ast.Name, ast.Load))):
+            return False
+    if door(node, modules, set()):
+        return False
+    try:
+        eval(compile(ast.Expression(node), "a constant", "eval"), {"__builtins__": {}}, modules)
+        return True
+    except (NameError, AttributeError, TypeError, ArithmeticError):
         return False
 
 
 class Plain(ast.NodeTransformer):
-    """Takes annotations and imports out of a function. (What the file imports is there without.)"""
+    """Takes out of a function the annotations of its arguments, and imports: modules that the reference file
+    imports are there without."""
 
     def visit_arg(self, node):
         node.annotation = None
@@ -89,10 +147,12 @@ def plain(function):
     return function
 
 
-def globals_of(function):
-    """The names that a function finds outside of itself: in its module, or in builtins."""
-    names = set()
-    tables = symtable.symtable(ast.unparse(function), "function", "exec").get_children()
+def globals_of(node):
+    """The names that a function, a lambda or a constant finds outside of itself: in its module, or in
+    builtins."""
+    module = symtable.symtable(ast.unparse(node), "part of a module", "exec")
+    names = {symbol.get_name() for symbol in module.get_symbols() if not symbol.is_assigned()}      # defaults
+    tables = module.get_children()
     while tables:
         table = tables.pop()
         tables += table.get_children()
@@ -100,99 +160,150 @@ def globals_of(function):
     return names
 
 
+def targets_of(node):
+    """The names that an assignment at top level gives values to, or none."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [name.id for target in targets for name in getattr(target, "elts", [target])
+            if isinstance(name, ast.Name)]
+
+
 def helpers_of(student, reference):
-    """{name: node} of new functions and constants at top level."""
-    known = symtable.symtable(ast.unparse(reference), "reference", "exec").get_identifiers()
+    """{name: node} of new functions and constants at top level. reference: the source of the file."""
+    known = symtable.symtable(reference, "reference", "exec").get_identifiers()
+    known = {*known, *dir(builtins)}
+    modules = modules_of(reference)
     helpers = {}
     for node in student.body:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and node.name not in known:
             helpers[node.name] = plain(node)
-        elif isinstance(node, ast.Assign) and is_literal(node.value):
-            helpers[ast.unparse(node.targets[0])] = node
-    known = {*known, *dir(builtins)}
-    return {name: node for name, node in helpers.items() if name not in known}
+        value = getattr(node, "value", None)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and value and not known & {*targets_of(node)}:
+            if isinstance(node, ast.AnnAssign):
+                node = ast.copy_location(ast.Assign([node.target], value), node)
+            if isinstance(value, ast.Lambda) or is_plain(value, modules):
+                helpers |= dict.fromkeys(targets_of(node), node)
+    return helpers
 
 
 def used_by(function, helpers):
     """{name: node} of the helpers that a function uses, and of those that these use."""
     used, waiting = {}, [function]
     while waiting:
-        node = waiting.pop()
-        names = globals_of(node) if isinstance(node, ast.FunctionDef) else set()
-        new = {name: helpers[name] for name in names & helpers.keys() if name not in used}
+        new = {name: helpers[name] for name in globals_of(waiting.pop()) & helpers.keys() if name not in used}
         used |= new
         waiting += new.values()
     return used
 
 
-def door(function, defaults):
-    """Where a function leads out of itself, or None. defaults: those that the reference file has."""
-    for node in [*function.args.defaults, *filter(None, function.args.kw_defaults)]:
-        if not is_literal(node) and ast.unparse(node) not in defaults:
-            return f"line {node.lineno}: a default that is computed"    # during import
-    outside = globals_of(function)
+def computed_default(node, modules, allowed):
+    """Where a function or lambda has a default that would have to be computed during import, or None.
+    allowed: the texts of some that need not."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.arguments):
+            for default in [*part.defaults, *filter(None, part.kw_defaults)]:
+                if not is_plain(default, modules) and ast.unparse(default) not in allowed:
+                    return f"line {default.lineno}: a default that is computed"
+    return None
+
+
+def door(part, modules, own):
+    """Where a function, or another part of a file, leads out of itself, or None. own: the names of the
+    student's constants, which it may change."""
+    outside = globals_of(part)
+    before_a_dot = {id(node.value) for node in ast.walk(part) if isinstance(node, ast.Attribute)}
     found = []
-    for node in ast.walk(function):
+    for node in ast.walk(part):
         word = ""
-        if isinstance(node, ast.Name) and node.id in outside:
-            word = node.id
-        elif isinstance(node, (ast.Attribute, ast.FunctionDef)):
-            word = node.attr if isinstance(node, ast.Attribute) else node.name
-        if word in DOORS or word.startswith("__"):
-            found.append((node.lineno, word))
+        if isinstance(node, (ast.ClassDef, ast.AsyncFunctionDef, ast.MatchClass)):
+            word = "a class, a pattern of one, or async"    # a class can equal everything
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "type" and len(node.args) != 1:
+            word = "a class made by type"
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith("__"):
+            word = node.name
+        elif isinstance(node, ast.Name) and node.id in outside:
+            if node.id in DOORS or node.id.startswith("__"):
+                word = node.id
+            elif node.id in modules and id(node) not in before_a_dot:
+                word = f"{node.id} without a dot behind it"
+        elif isinstance(node, ast.Attribute):
+            of_self = isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr[:2] != "__"
+            is_module = isinstance(attribute_of(node, modules), types.ModuleType)
+            if node.attr in DOORS or node.attr.startswith("_") and not of_self:
+                word = node.attr
+            elif is_module and node.attr not in MODULES:
+                word = ast.unparse(node)
+        # A change of what is outside: global names, or things that these stand for.
         root = node
         while isinstance(root, (ast.Attribute, ast.Subscript)):
             root = root.value
-        changed = root is not node and not isinstance(node.ctx, ast.Load) and isinstance(root, ast.Name)
-        if isinstance(node, ast.Global) or changed and root.id in outside:
-            found.append((node.lineno, f"a change of {ast.unparse(node)[:40]}"))
+        is_store = root is not node and not isinstance(node.ctx, ast.Load)
+        if is_store and isinstance(root, ast.Name) and root.id in outside - own:
+            word = word or f"a change of {ast.unparse(node)[:40]}"
+        if isinstance(node, ast.Global) and not own.issuperset(node.names):
+            word = f"a change of {ast.unparse(node)[:40]}"
+        if word:
+            found.append((node.lineno, word))
     return "line {}: {}".format(*min(found)) if found else None
 
 
 def graft(reference, student, names):
-    """The source of a reference file with these functions as a student's syntax tree has them, the names of
-    those that it lacks, and {name: the door} of those that have one. In `reference` these functions are
-    blank, and such ones stay so."""
-    tree = ast.parse(reference)
-    helpers = helpers_of(student, tree)
-    ours, theirs = parts(tree), parts(student)
-    added, missing, doors = {}, [], {}
-    for name in names:
-        if not isinstance(theirs.get(name), ast.FunctionDef):
-            missing.append(name)
-            continue
-        function = plain(theirs[name])
-        used = used_by(function, helpers)
-        defaults = [ast.unparse(node) for node in ours[name].args.defaults]
-        for node in [function, *used.values()]:
-            if isinstance(node, ast.FunctionDef) and name not in doors and (where := door(node, defaults)):
-                doors[name] = where
-        if name not in doors:
-            ours[name].args, ours[name].body = function.args, function.body
-            added |= used
-    tree.body += added.values()
-    return ast.unparse(ast.fix_missing_locations(tree)), missing, doors
+    """The source of a reference file with these functions as a student's syntax tree has them, {name: why} of
+    those that are not there or were not taken, and {name: the door} of those that have one. In `reference`
+    these functions are blank, and such ones stay so. Raises BadInput."""
+    with reading_code("a function"):
+        tree = ast.parse(reference)
+        modules = modules_of(reference)
+        helpers = helpers_of(student, reference)
+        constants = {name for name, node in helpers.items() if isinstance(node, ast.Assign)}
+        ours, theirs = parts(tree), parts(student)
+        added, missing, doors = {}, {}, {}
+        for name in names:
+            if not isinstance(theirs.get(name), ast.FunctionDef):
+                missing[name] = "it is not there"
+                continue
+            function = plain(theirs[name])
+            used = used_by(function, helpers)
+            allowed = {*constants, *map(ast.unparse, ours[name].args.defaults)}
+            for node in [function, *used.values()]:
+                if why := computed_default(node, modules, allowed):
+                    missing.setdefault(name, why)
+                if where := door(node, modules, constants):
+                    doors.setdefault(name, where)
+            if name not in missing and name not in doors:
+                ours[name].args, ours[name].body = function.args, function.body
+                added |= used
+        # Constants stand above the functions, whose defaults they may be; helpers below.
+        imports = [i for i, node in enumerate(tree.body) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        place = imports[-1] + 1 if imports else 0
+        new = list({id(node): node for node in added.values()}.values())
+        tree.body[place:place] = [node for node in new if isinstance(node, ast.Assign)]
+        tree.body += [node for node in new if not isinstance(node, ast.Assign)]
+        return ast.unparse(ast.fix_missing_locations(tree)), missing, doors
 
 
 def left_behind(reference, student, names):
     """What a student's file has and no exercise takes, each with its line. names: the functions of all
-    exercises in this file, and those that are blank in the student copy."""
-    tree = ast.parse(reference)
-    helpers = helpers_of(student, tree)
-    ours, theirs = parts(tree), parts(student)
-    taken = set(names)
-    for name in names:
-        if isinstance(theirs.get(name), ast.FunctionDef):
-            taken |= used_by(plain(theirs[name]), helpers).keys()
-    listed = []
-    for name, node in theirs.items():
-        is_constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in taken
-        if name in taken and isinstance(node, ast.FunctionDef):
-            known = [ast.unparse(mark) for mark in getattr(ours.get(name), "decorator_list", [])]
-            listed += [(mark.lineno, f"@{ast.unparse(mark)}") for mark in node.decorator_list
-                       if ast.unparse(mark) not in known]
-            listed += [(child.lineno, ast.unparse(child)) for child in ast.walk(node)
-                       if isinstance(child, (ast.Import, ast.ImportFrom)) and ast.unparse(child) not in ours]
-        elif not is_constant and (name not in ours or ast.dump(node) != ast.dump(ours[name])):
-            listed.append((node.lineno, name.splitlines()[0]))
-    return [f"line {line}: {text[:60]}" for line, text in sorted(listed)]
+    exercises in this file, and those that are blank in the student copy. Raises BadInput."""
+    with reading_code("a function"):
+        helpers = helpers_of(student, reference)
+        ours, theirs = parts(ast.parse(reference)), parts(student)
+        taken = set(names)
+        for name in names:
+            if isinstance(theirs.get(name), ast.FunctionDef):
+                taken |= used_by(plain(theirs[name]), helpers).keys()
+        listed = []
+        for name, node in theirs.items():
+            is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            is_taken_constant = name not in names and taken & {*targets_of(node)}
+            if name in taken and isinstance(node, ast.FunctionDef):
+                known = [ast.unparse(mark) for mark in getattr(ours.get(name), "decorator_list", [])]
+                listed += [(mark.lineno, f"@{ast.unparse(mark)}") for mark in node.decorator_list
+                           if ast.unparse(mark) not in known]
+                imports = [child for child in ast.walk(node)
+                           if isinstance(child, (ast.Import, ast.ImportFrom))]
+                listed += [(child.lineno, ast.unparse(child)) for child in imports
+                           if ast.unparse(child) not in ours]
+            elif not is_text and not is_taken_constant and (
+                    name not in ours or ast.dump(node) != ast.dump(ours[name])):
+                listed.append((node.lineno, name.splitlines()[0]))
+        return [f"line {line}: {text[:60]}" for line, text in sorted(listed)]

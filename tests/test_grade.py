@@ -3,13 +3,16 @@ solved."""
 
 import ast
 import csv
+import math
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
 import assign
@@ -193,25 +196,24 @@ def test_each_of_twelve_gets_the_points_of_what_is_solved(class_of_twelve):
 def test_the_table_says_what_failed_and_what_was_left_behind(class_of_twelve):
     failed = {name: row["failed"] for name, row in class_of_twelve.items()}
     assert failed["right"] == failed["right in another way"] == ""
-    assert "test_candidates_of_an_unseen_nucleus: failed (NotImplementedError" in failed["half right"]
+    assert f"exercise {NUCLEUS}: 3 tests found a function that was not written" in failed["half right"]
     assert "search.py, line " in failed["syntax error"] and "invalid syntax" in failed["syntax error"]
     assert "test_candidates_of_an_unseen_nucleus: stopped after " in failed["endless loop"]
     changed = {name: row["also changed"] for name, row in class_of_twelve.items()}
     assert all(changed[name] == "" for name in ("right", "half right", "syntax error", "endless loop"))
-    assert "LOWEST = -math.inf" in changed["right in another way"] and "row_of" not in changed["right"]
+    assert "LOWEST" not in changed["right in another way"] and "row_of" not in changed["right"]
     assert "cheat(*range(4))" in changed["fork"] and "import os, time" in changed["fork"]
     assert "atexit.register(print, '6 of 6 points')" in changed["print"]
 
 
 @pytest.mark.slow
 def test_the_table_says_why_tampering_is_suspected(class_of_twelve):
-    """A cheat in the function itself is not taken; one that gets through is seen when the test is over."""
+    """A cheat in the function itself is not taken."""
     why = {name: row["tampering suspected"] for name, row in class_of_twelve.items()}
-    for name, door in [("fork", "os"), ("runtest", "__name__"), ("witness", "gc"), ("torch", "__getattr__"),
-                       ("reads", "globals")]:
-        assert why[name].startswith("candidates in search.py was not taken (line ")
-        assert why[name].endswith(f": {door})")
-    assert "what it is checked with was replaced while it ran" in why["allclose"]
+    for name, door in [("fork", "os"), ("runtest", "__name__"), ("witness", "gc"),
+                       ("torch", "a class, a pattern of one, or async"), ("reads", "globals"),
+                       ("allclose", "torch without a dot behind it")]:
+        assert re.fullmatch(rf"candidates in search.py was not taken: line \d+: {door}", why[name])
     assert not any(why[name] for name in ("right", "right in another way", "half right", "syntax error",
                                           "endless loop", "print"))
 
@@ -221,6 +223,7 @@ def test_the_table_says_why_tampering_is_suspected(class_of_twelve):
 
 REFERENCE = '''
 import math
+import torch
 LIMIT = 3
 
 class Tree:
@@ -242,7 +245,7 @@ def other():
 def grafted(tmp_path, source, names=("best", "Tree.insert")):
     """A student's file grafted: the module's names, what is missing, and the doors."""
     (tmp_path / "it.py").write_text(source, encoding="utf-8")
-    text, missing, doors = graft(REFERENCE, read_module(tmp_path / "it.py"), names)
+    text, missing, doors = graft(REFERENCE, read_module(tmp_path, "it.py"), names)
     module = {}
     exec(text, module)
     return module, missing, doors
@@ -272,7 +275,7 @@ def other():
 def pow(*values):
     return 0
 ''')
-    assert (missing, doors) == ([], {})
+    assert (missing, doors) == ({}, {})
     assert module["best"]([1, 2, 3]) == [101, 103, 2, 5] and module["other"]() == module["math"].pi
     tree = module["Tree"]()
     assert tree.insert("a") == 3 and not hasattr(tree, "size")
@@ -281,7 +284,7 @@ def pow(*values):
 
 def test_of_two_functions_with_one_name_the_last_counts(tmp_path):
     module, missing, _ = grafted(tmp_path, "def best(items):\n    return 1\ndef best(items):\n    return 2\n")
-    assert module["best"]([]) == 2 and missing == ["Tree.insert"]
+    assert module["best"]([]) == 2 and missing == {"Tree.insert": "it is not there"}
 
 
 def test_an_import_that_the_file_lacks_is_left_behind(tmp_path):
@@ -296,7 +299,18 @@ def test_an_import_that_the_file_lacks_is_left_behind(tmp_path):
     ("return eval('1')", "eval"), ("return open('grades.csv').read()", "open"),
     ("exec = None\n    def f():\n        return [0 for eval in [1]], eval('1')", "eval"),
     ("return math.sys.modules", "sys"), ("return items.__class__", "__class__"),
-    ("class Equal:\n        def __eq__(self, other):\n            return True", "__eq__"),
+    ("class Equal:\n        def __eq__(self, other):\n            return True",
+     "a class, a pattern of one, or async"),
+    ("class Equal:\n        __eq__ = lambda self, other: True", "a class, a pattern of one, or async"),
+    ("return type('Equal', (), {'__' + 'eq__': lambda self, other: True})()", "a class made by type"),
+    ("match math:\n        case object(sys=found):\n            return found", "math without a dot behind it"),
+    ("match items:\n        case object(sys=found):\n            return found",
+     "a class, a pattern of one, or async"),
+    ("async def f():\n        pass", "a class, a pattern of one, or async"),
+    ("m = math\n    m.floor = abs", "math without a dot behind it"),
+    ("return torch.serialization.tempfile", "torch.serialization"),
+    ("return torch.nn.functional.warnings", "torch.nn.functional.warnings"),
+    ("return torch._C", "_C"), ("p = license\n    p.names = ['grades.csv']", "license"),
     ("math.floor = abs", "a change of math.floor"), ("other.known[0] = 1", "a change of other.known[0]"),
     ("global other\n    other = best", "a change of global other"),
     ("return helper()\ndef helper():\n    return __import__('os')", "__import__"),
@@ -309,8 +323,37 @@ def test_a_function_with_a_door_is_not_taken(tmp_path, body, where):
 
 
 def test_a_default_runs_during_import_and_is_not_taken(tmp_path):
-    _, _, doors = grafted(tmp_path, "def best(items, width=print('a default')):\n    return 1\n")
-    assert doors == {"best": "line 1: a default that is computed"}
+    """That is no sign of tampering: the table says it in the column of what failed."""
+    for default in ("print('a default')", "[] + []", "10 ** 9", "1 / 0", "math.pie", "open"):
+        _, missing, doors = grafted(tmp_path, f"def best(items, width={default}):\n    return 1\n", ["best"])
+        assert missing == {"best": "line 1: a default that is computed"} and len(doors) == (default == "open")
+
+
+@pytest.mark.parametrize("code, value", [
+    ("TWO_PI = 2 * math.pi\ndef best(items, x=TWO_PI):\n    return x", 2 * math.pi),
+    ("A, B = 3, [4]\ndef best(items):\n    return A, B", (3, [4])),
+    ("A = B = 3\ndef best(items):\n    return B", 3), ("A: int = -3 / 2\ndef best(items):\n    return A", -1.5),
+    ("twice = lambda x: 2 * x\ndef best(items):\n    return twice(items)", 14),
+    ("def best(items):\n    return add(items)\ndef add(x, kind=torch.float64):\n    return x, kind",
+     (7, torch.float64)),
+    ("KNOWN = {}\ndef best(items):\n    KNOWN[items] = 3\n    return KNOWN", {7: 3}),
+    ("CALLS = 1\ndef best(items):\n    global CALLS\n    CALLS += 1\n    return CALLS", 2),
+    ("def best(items):\n    def load(x):\n        return x + torch.linalg.norm(torch.ones(4)).item()\n"
+     "    return load(items)", 9)])
+def test_honest_ways_to_write_it(tmp_path, code, value):
+    module, missing, doors = grafted(tmp_path, code, ["best"])
+    assert (missing, doors) == ({}, {}) and module["best"](7) == value
+
+
+@pytest.mark.parametrize("source", [
+    "def best(items):\n    return " + " + ".join(["1"] * 900),
+    "import math\ndef best(items):\n    return 1\ndef g():\n    import math\n    def h():\n"
+    "        nonlocal math\ndef best(items):\n    return g()\n"])
+def test_a_file_that_is_too_much_for_the_grader_is_bad_input(tmp_path, source):
+    """One student's file stops nobody else's grading."""
+    (tmp_path / "it.py").write_text(source)
+    with pytest.raises(BadInput, match="cannot be read|no binding"):
+        graft(REFERENCE, read_module(tmp_path, "it.py"), ["best"])
 
 
 @pytest.mark.parametrize("honest", [
@@ -325,8 +368,8 @@ def test_names_of_ones_own_are_no_doors(tmp_path, honest):
 def test_the_solutions_have_no_doors_and_leave_nothing_behind(function):
     file, name = function.split(":")
     source = (ROOT / file).read_text(encoding="utf-8")
-    text, missing, doors = graft(assign.blank(source, name, "open"), read_module(ROOT / file), [name])
-    assert (missing, doors) == ([], {}) and ast.unparse(ast.parse(source)) == text
+    text, missing, doors = graft(assign.blank(source, name, "open"), read_module(ROOT, file), [name])
+    assert (missing, doors) == ({}, {}) and ast.unparse(ast.parse(source)) == text
     assert left_behind(source, ast.parse(source), [name]) == []
 
 
@@ -347,26 +390,37 @@ class Tree(list):
         return 1
 '''
     assert left_behind(REFERENCE, ast.parse(student), ["best", "Tree.insert"]) == [
-        "line 16: other", "line 19: import gc", "line 20: @print", "line 22: import os", "line 27: unused",
-        "line 29: class Tree(list):", "line 30: Tree.size"]
+        "line 17: other", "line 20: import gc", "line 21: @print", "line 23: import os", "line 28: unused",
+        "line 30: class Tree(list):", "line 31: Tree.size"]
 
 
 @pytest.mark.parametrize("content, said", [
     (b"def f(:\n", "it.py, line 1: "), (b"x = 1\nreturn x\n", "it.py, line 2: 'return' outside function"),
     (b"x = '\0'", "it.py"), (b"\xff\xfe", "it.py"), (b"x = " + b"(" * 500, "it.py"),
-    (b"-" * 50000 + b"1", "it.py"), (b"#" * (2 ** 20 + 1), "it.py has more than")])
+    ("x = 1".encode("utf-16"), "it.py: "), (b"-" * 50000 + b"1", "it.py"),
+    (b"#" * (2 ** 20 + 1), "it.py has more than")])
 def test_a_file_that_does_not_parse_is_one_line(tmp_path, content, said):
     (tmp_path / "it.py").write_bytes(content)
     with pytest.raises(BadInput, match=said) as caught:
-        read_module(tmp_path / "it.py")
+        read_module(tmp_path, "it.py")
     assert "\n" not in str(caught.value)
 
 
 def test_a_link_is_no_file(tmp_path):
-    """It could lead to the solution."""
+    """It could lead to the solution. So could a folder that is one."""
     (tmp_path / "mrm.py").symlink_to(ROOT / "mrm.py")
-    with pytest.raises(BadInput, match="there is no file mrm.py"):
-        read_module(tmp_path / "mrm.py")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    for file in ("mrm.py", "data/corpus.py"):
+        with pytest.raises(BadInput, match=f"there is no file {file}"):
+            read_module(tmp_path, file)
+    (tmp_path / "alice").symlink_to(ROOT)
+    status, _, err = run_script("course/grade.py", "--exercises", LOSS, tmp_path / "alice")
+    assert status == 2 and "is a symbolic link" in err
+
+
+def test_uploads_may_be_flat(tmp_path):
+    (tmp_path / "corpus.py").write_text("x = 1", encoding="utf-8")
+    assert ast.unparse(read_module(tmp_path, "data/corpus.py")) == "x = 1"
 
 
 def test_the_files_of_an_exercise_hold_no_solution_to_it():
@@ -401,7 +455,7 @@ def files_with(body, common):
 
 def said_by(outcomes):
     """The message of the ValueError that the function raised."""
-    return outcomes["test_candidates_of_an_unseen_nucleus"].partition("ValueError: ")[2]
+    return outcomes["test_candidates_of_an_unseen_nucleus"].partition("ValueError: ")[2].partition(" (line")[0]
 
 
 @pytest.mark.slow
@@ -425,7 +479,7 @@ def test_what_a_process_can_do(runners):
     except OSError:
         pass
     raise ValueError([text for text in found if "''' + str(ROOT) + '''/" in text + "/"])''')
-    assert above.startswith("[])")
+    assert above == "[]"
     # a fork in a session of its own
     pid = run('''
     import os, time
@@ -438,7 +492,7 @@ def test_what_a_process_can_do(runners):
             time.sleep(1000)
         os._exit(0)
     raise ValueError(int(os.read(reader, 20)))''')
-    assert pid and (runners.isolated or not Path("/proc", pid.strip(")").split(")")[0]).exists())
+    assert pid and (runners.isolated or not Path("/proc", pid).exists())
     # the end of the processes above it
     assert run('''
     import os, signal, time
@@ -457,7 +511,47 @@ def test_what_a_process_can_do(runners):
     assert run('''
     import os
     raise ValueError(sorted(name for name in os.listdir(os.environ["HOME"]) if name == "left.py"))
-    ''').startswith("[])")
+    ''') == "[]"
+
+
+CHANGES = {
+    "a verdict of its own": '''
+    import os
+    for file in range(3, 300):
+        try:
+            os.write(file, b"passed")
+        except OSError:
+            pass
+    os._exit(0)''',
+    "a function of torch": '''
+    torch.allclose = lambda *values, **options: True''',
+    "the code of one": '''
+    torch.testing.assert_close.__code__ = (lambda *values, **options: None).__code__
+    torch.testing.assert_close.__kwdefaults__ = None''',
+    "a mode of torch": '''
+    class Yes(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return True
+    Yes().__enter__()''',
+    "a file that later tests read": '''
+    open("tests/golden/tiny_guard/config.json", "w").write("{}")'''}
+
+
+@pytest.mark.slow
+def test_what_is_changed_while_a_test_runs_is_seen(runners):
+    common = grade.common_files()
+    for what, body in CHANGES.items():
+        outcomes = runners.run({NUCLEUS: files_with(body, common), LOSS: common}, 60)
+        assert outcomes[NUCLEUS]["test_candidates_of_an_unseen_nucleus"] == "tampered", what
+        assert outcomes[NUCLEUS]["test_a_nucleus_ends_when_its_mass_reaches_top_p"] == "passed", what
+        assert set(outcomes[LOSS].values()) == {"passed"}, what
+    # The weights of a model that is passed in, with which the test compares.
+    step = number_of("search.py:saffron")
+    source = with_body(common["search.py"].decode(), "saffron", '''
+    policy.model.norm.weight.data.zero_()
+    yield''')
+    outcomes = runners.run({step: {**common, "search.py": source.encode()}}, 60)
+    assert outcomes[step]["test_a_branch_tells_its_reward"] == "tampered"
 
 
 @pytest.mark.slow
@@ -484,7 +578,7 @@ def test_in_a_namespace_there_is_nothing_else(tmp_path):
     raise ValueError(found)''', grade.common_files())}, 60)
     finally:
         runners.close()
-    assert said_by(outcomes[NUCLEUS]).startswith("[])")
+    assert said_by(outcomes[NUCLEUS]) == "[]"
 
 
 def test_without_bubblewrap_it_says_so(monkeypatch):
