@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from plumbing.start import run  # noqa: E402
 
+from graft import DOORS  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from plumbing.parser import Parser  # noqa: E402
 
@@ -52,6 +54,8 @@ PYTEST_INI = """[pytest]
 testpaths = tests
 # a test that takes so many seconds prints at which line it is: an endless loop shows itself
 faulthandler_timeout = 30
+# what failed, and where, without the functions above it
+addopts = --tb=short
 """
 
 
@@ -93,7 +97,7 @@ EXERCISES = {
     11: Exercise("the dilemma, and over-optimization", "medium", 150, computing=45,
                  functions=["results/dilemma.py:predicted_cost", "results/dilemma.py:predicted_flops"],
                  needs=[1, 2, 3, 4, 5, 7, 8], report=10),
-    12: Exercise("the search's own states", "medium", 90, computing=45, report=12),
+    12: Exercise("the search's own states", "medium", 90, computing=40, report=12),
 }
 
 
@@ -196,7 +200,8 @@ def exercise_tests(source):
 
 def text_of(number):
     """The handout's text of an exercise; of 0, how to work."""
-    return (ROOT / "course" / f"{number:02d}.md").read_text(encoding="utf-8")
+    text = (ROOT / "course" / f"{number:02d}.md").read_text(encoding="utf-8")
+    return text.replace("DOORS", textwrap.fill(", ".join(sorted(DOORS)), 118, subsequent_indent="  "))
 
 
 def listed(numbers):
@@ -222,9 +227,9 @@ def handout(numbers, other_weeks=()):
         if exercise.functions:
             names = ", ".join("`{1}` in {0}".format(*function.split(":")) for function in exercise.functions)
             page += f" To write: {names}."
-        for file, name in (function.split(":") for function in exercise.shown_by):
-            page += (f" (`{name}` in {file} is blank in this copy too, since it would show how. "
-                     "You need not write it.)")
+        if exercise.shown_by:
+            names = ", ".join("`{1}` in {0}".format(*function.split(":")) for function in exercise.shown_by)
+            page += f" (Blank in this copy too, since it would show how, but not to be written: {names}.)"
         if needed[n]:
             page += f" First write {listed(needed[n])}: until then, tests of this one are skipped."
         page += "\n" + text_of(n) + "\n"
@@ -304,7 +309,10 @@ def main():
     args = parser.parse_args()
     check_free(Path(args.out))
     check_place(Path(args.out))
-    open_ones = sorted({n for week in args.week or [args.exercise] for n in week})
+    of_weeks = [n for week in args.week or [args.exercise] for n in sorted(set(week))]
+    open_ones = sorted(set(of_weeks))
+    if len(open_ones) < len(of_weeks):
+        parser.error("--week: an exercise is in two weeks")
     if args.week:
         Path(args.out).mkdir(exist_ok=True)
     for i, week in enumerate(args.week or [args.exercise], 1):
@@ -315,7 +323,7 @@ def main():
     solved = [n for n, exercise in EXERCISES.items() if exercise.functions and n not in open_ones]
     if solved:
         print(f"inside are the solutions of {listed(solved)}: "
-              "with --week once for each week, those of all weeks are left out")
+              "name the later weeks in the same command too, and those are left out")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ happened. The predictions hold where
 
 - no reply ends before its last token;
 - each nucleus holds --candidates tokens, at least as many as the width;
-- rebase gives each of its sequences one expansion;
+- rebase gives each of its sequences one expansion, from the second step on;
 - no two of best_of_n's replies begin with the same token.
 """
 
