@@ -255,8 +255,8 @@ def earned_by(n, outcomes, bonus):
         if outcome == "tampered":
             replaced.append(f"{test}: what it is checked with was changed while it ran")
     if blank_ones:
-        failed.append(f"exercise {n}: {blank_ones} test{'s' * (blank_ones > 1)} found a function that was not "
-                      "written, or not taken")
+        s = "s" * (blank_ones > 1)
+        failed.append(f"exercise {n}: {blank_ones} test{s} found a function that was not written, or not taken")
     return earned, failed, replaced
 
 

@@ -33,6 +33,8 @@ DOORS = set("""exec eval compile open input breakpoint globals locals vars getat
     savez_compressed savetxt dump dumps from_file fromfile tofile fromregex loadtxt genfromtxt memmap
     DataSource gi_frame gi_code cr_frame ag_frame tb_frame f_back f_code f_globals f_locals
     f_builtins""".split())
+# A class can equal everything that it is compared with, and its pattern in `match` can get any attribute.
+REFUSED = {ast.ClassDef: "a class", ast.MatchClass: "the pattern of a class", ast.AsyncFunctionDef: "async"}
 MODULES = {"nn", "functional", "linalg", "special", "fft"}      # modules inside of others that are no doors
 
 
@@ -104,14 +106,19 @@ def attribute_of(node, modules):
     return None if above is None else getattr(above, node.attr, None)
 
 
-def is_plain(node, modules):
-    """Whether an expression may be computed during import: a literal, an attribute of a module, or a number
-    made of numbers. (No powers: a large one takes forever.) What then raises an error is not plain."""
+def is_literal(node):
     try:
         ast.literal_eval(node)
         return True
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        pass
+        return False
+
+
+def is_plain(node, modules):
+    """Whether an expression may be computed during import: a literal, an attribute of a module, or a number
+    made of numbers. (No powers: a large one takes forever.) What then raises an error is not plain."""
+    if is_literal(node):
+        return True
     for part in ast.walk(node):
         is_number = isinstance(part, ast.Constant) and type(part.value) in (int, float)
         is_sum = isinstance(part, (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UnaryOp, ast.USub))
@@ -208,42 +215,50 @@ def computed_default(node, modules, allowed):
 
 def door(part, modules, own):
     """Where a function, or another part of a file, leads out of itself, or None. own: the names of the
-    student's constants, which it may change."""
+    student's constants that it may change."""
     outside = globals_of(part)
     before_a_dot = {id(node.value) for node in ast.walk(part) if isinstance(node, ast.Attribute)}
     found = []
     for node in ast.walk(part):
-        word = ""
-        if isinstance(node, (ast.ClassDef, ast.AsyncFunctionDef, ast.MatchClass)):
-            word = "a class, a pattern of one, or async"    # a class can equal everything
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "type" and len(node.args) != 1:
-            word = "a class made by type"
-        elif isinstance(node, ast.FunctionDef) and node.name.startswith("__"):
-            word = node.name
-        elif isinstance(node, ast.Name) and node.id in outside:
-            if node.id in DOORS or node.id.startswith("__"):
-                word = node.id
-            elif node.id in modules and id(node) not in before_a_dot:
-                word = f"{node.id} without a dot behind it"
-        elif isinstance(node, ast.Attribute):
-            of_self = isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr[:2] != "__"
-            is_module = isinstance(attribute_of(node, modules), types.ModuleType)
-            if node.attr in DOORS or node.attr.startswith("_") and not of_self:
-                word = node.attr
-            elif is_module and node.attr not in MODULES:
-                word = ast.unparse(node)
-        # A change of what is outside: global names, or things that these stand for.
-        root = node
-        while isinstance(root, (ast.Attribute, ast.Subscript)):
-            root = root.value
-        is_store = root is not node and not isinstance(node.ctx, ast.Load)
-        if is_store and isinstance(root, ast.Name) and root.id in outside - own:
-            word = word or f"a change of {ast.unparse(node)[:40]}"
-        if isinstance(node, ast.Global) and not own.issuperset(node.names):
-            word = f"a change of {ast.unparse(node)[:40]}"
+        word = door_of(node, outside, modules) or change_of(node, outside - own)
+        is_module = isinstance(node, ast.Name) and node.id in outside and node.id in modules
+        if is_module and id(node) not in before_a_dot:
+            word = f"{node.id} without a dot behind it"         # an alias, of which no more could be said
         if word:
             found.append((node.lineno, word))
     return "line {}: {}".format(*min(found)) if found else None
+
+
+def door_of(node, outside, modules):
+    """What a node of the syntax tree leads to, or None. outside: the names that are global in it."""
+    if type(node) in REFUSED:
+        return REFUSED[type(node)]
+    if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "type" and len(node.args) != 1:
+        return "a class made by type"
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("__"):
+        return node.name
+    if isinstance(node, ast.Name) and node.id in outside and (node.id in DOORS or node.id.startswith("__")):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        is_of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+        if node.attr in DOORS or node.attr.startswith("__" if is_of_self else "_"):
+            return node.attr
+        if isinstance(attribute_of(node, modules), types.ModuleType) and node.attr not in MODULES:
+            return ast.unparse(node)
+    return None
+
+
+def change_of(node, names):
+    """Which of these global names, or of the things that they stand for, a node changes, or None."""
+    root = node
+    while isinstance(root, (ast.Attribute, ast.Subscript)):
+        root = root.value
+    is_store = root is not node and not isinstance(node.ctx, ast.Load)
+    if is_store and isinstance(root, ast.Name) and root.id in names:
+        return f"a change of {ast.unparse(node)[:40]}"
+    if isinstance(node, ast.Global) and names & {*node.names}:
+        return f"a change of {ast.unparse(node)[:40]}"
+    return None
 
 
 def graft(reference, student, names):
@@ -254,7 +269,8 @@ def graft(reference, student, names):
         tree = ast.parse(reference)
         modules = modules_of(reference)
         helpers = helpers_of(student, reference)
-        constants = {name for name, node in helpers.items() if isinstance(node, ast.Assign)}
+        constants = {name: node.value for name, node in helpers.items() if isinstance(node, ast.Assign)}
+        own = {name for name, value in constants.items() if is_literal(value)}
         ours, theirs = parts(tree), parts(student)
         added, missing, doors = {}, {}, {}
         for name in names:
@@ -267,7 +283,7 @@ def graft(reference, student, names):
             for node in [function, *used.values()]:
                 if why := computed_default(node, modules, allowed):
                     missing.setdefault(name, why)
-                if where := door(node, modules, constants):
+                if where := door(node, modules, own):
                     doors.setdefault(name, where)
             if name not in missing and name not in doors:
                 ours[name].args, ours[name].body = function.args, function.body

@@ -164,11 +164,12 @@ class OneByOne:
 
     def restored(self):
         """Whether the test has changed files that later ones read. They are as they were now."""
-        changed = [Path(self.folder, name) for name, content in self.files.items()
-                   if not Path(self.folder, name).is_file() or Path(self.folder, name).read_bytes() != content]
-        if changed:
-            write_files(self.folder, self.files)
-        return bool(changed)
+        for name, content in self.files.items():
+            path = Path(self.folder, name)
+            if not path.is_file() or path.read_bytes() != content:
+                write_files(self.folder, self.files)
+                return True
+        return False
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self, item):

@@ -186,7 +186,8 @@ def test_the_program_of_exercise_6_works_as_written(smollm2_folder, monkeypatch,
     exec(program.replace("[:20]", "[7:8]").replace("max_new_tokens=32", "max_new_tokens=6"), {})
     out = capsys.readouterr().out
     masked, free = out.split("\n0 tokens are forbidden\n")
-    assert masked.startswith(f"\n{committed_mask().sum()} tokens are forbidden\nM ") and "unseen" not in masked
+    assert masked.startswith(f"\n{committed_mask().sum()} tokens are forbidden\nM ")
+    assert "unseen" not in masked
     assert free.startswith("M ") and masked.count("mean R ") == free.count("mean R ") == 1
 
 

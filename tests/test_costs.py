@@ -49,8 +49,8 @@ def test_kv_memory_grows_with_distinct_prefixes(tiny_policy, tiny_scalar_guard):
 
 def real_cost(method, policy, mrm, guard, width, steps, monkeypatch, seed=0):
     """The Result of a search in which no reply ends, each nucleus is the whole vocabulary but for the end of
-    sequence, and to the guard all is the same; the tokens of its context, and those that it reads in all, both
-    as (policy, reward model)."""
+    sequence, and to the guard all is the same; the tokens of its context, and those that it reads in all,
+    both as (policy, reward model)."""
     tries = []
 
     def noted_trie(llama):

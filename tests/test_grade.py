@@ -212,7 +212,7 @@ def test_the_table_says_why_tampering_is_suspected(class_of_twelve):
     """A cheat in the function itself is not taken."""
     why = {name: row["tampering suspected"] for name, row in class_of_twelve.items()}
     for name, door in [("fork", "os"), ("runtest", "__name__"), ("witness", "gc"),
-                       ("torch", "a class, a pattern of one, or async"), ("reads", "globals"),
+                       ("torch", "a class"), ("reads", "globals"),
                        ("allclose", "torch without a dot behind it")]:
         assert re.fullmatch(rf"candidates in search.py was not taken: line \d+: {door}", why[name])
     assert not any(why[name] for name in ("right", "right in another way", "half right", "syntax error",
@@ -300,14 +300,14 @@ def test_an_import_that_the_file_lacks_is_left_behind(tmp_path):
     ("return eval('1')", "eval"), ("return open('grades.csv').read()", "open"),
     ("exec = None\n    def f():\n        return [0 for eval in [1]], eval('1')", "eval"),
     ("return math.sys.modules", "sys"), ("return items.__class__", "__class__"),
-    ("class Equal:\n        def __eq__(self, other):\n            return True",
-     "a class, a pattern of one, or async"),
-    ("class Equal:\n        __eq__ = lambda self, other: True", "a class, a pattern of one, or async"),
+    ("class Equal:\n        def __eq__(self, other):\n            return True", "a class"),
+    ("class Equal:\n        __eq__ = lambda self, other: True", "a class"),
+    ("T.sum = len\nT = torch.Tensor", "a change of T.sum"),
     ("return type('Equal', (), {'__' + 'eq__': lambda self, other: True})()", "a class made by type"),
-    ("match math:\n        case object(sys=found):\n            return found", "math without a dot behind it"),
-    ("match items:\n        case object(sys=found):\n            return found",
-     "a class, a pattern of one, or async"),
-    ("async def f():\n        pass", "a class, a pattern of one, or async"),
+    ("match math:\n        case object(sys=found):\n            return found",
+     "math without a dot behind it"),
+    ("match items:\n        case object(sys=found):\n            return found", "the pattern of a class"),
+    ("async def f():\n        pass", "async"),
     ("m = math\n    m.floor = abs", "math without a dot behind it"),
     ("return torch.serialization.tempfile", "torch.serialization"),
     ("return torch.nn.functional.warnings", "torch.nn.functional.warnings"),
@@ -333,7 +333,8 @@ def test_a_default_runs_during_import_and_is_not_taken(tmp_path):
 @pytest.mark.parametrize("code, value", [
     ("TWO_PI = 2 * math.pi\ndef best(items, x=TWO_PI):\n    return x", 2 * math.pi),
     ("A, B = 3, [4]\ndef best(items):\n    return A, B", (3, [4])),
-    ("A = B = 3\ndef best(items):\n    return B", 3), ("A: int = -3 / 2\ndef best(items):\n    return A", -1.5),
+    ("A = B = 3\ndef best(items):\n    return B", 3),
+    ("A: int = -3 / 2\ndef best(items):\n    return A", -1.5),
     ("twice = lambda x: 2 * x\ndef best(items):\n    return twice(items)", 14),
     ("def best(items):\n    return add(items)\ndef add(x, kind=torch.float64):\n    return x, kind",
      (7, torch.float64)),
@@ -456,7 +457,8 @@ def files_with(body, common):
 
 def said_by(outcomes):
     """The message of the ValueError that the function raised."""
-    return outcomes["test_candidates_of_an_unseen_nucleus"].partition("ValueError: ")[2].partition(" (line")[0]
+    said = outcomes["test_candidates_of_an_unseen_nucleus"]
+    return said.partition("ValueError: ")[2].partition(" (line")[0]
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def test_siblings_go_with_the_token_before_them():
     assert batch.sibling_prefixes.tolist() == [0, 1, 0, 1, 2, 2, 3]
     none = collate([two], "cpu")
     assert len(none.sibling_rows) == len(none.sibling_tokens) == len(none.sibling_prefixes) == 0
-    assert none.sibling_rows.dtype == none.sibling_columns.dtype == torch.long, "integers, though none is there"
+    assert none.sibling_rows.dtype == none.sibling_columns.dtype == torch.long, "ints, though none is there"
     assert none.tokens[none.sibling_rows, none.sibling_columns].shape == (0,)
 
 

@@ -119,7 +119,8 @@ def test_a_branch_tells_its_reward(tiny_policy, tiny_mrm, monkeypatch):
     logits = tiny_mrm.llama.logits
     monkeypatch.setattr(tiny_mrm.llama, "logits", lambda hidden: pytest.fail("all of M(s) was computed"))
     child_rewards, calls = tiny_mrm.child_rewards, []
-    monkeypatch.setattr(tiny_mrm, "child_rewards", lambda *given: calls.append(given) or child_rewards(*given))
+    monkeypatch.setattr(tiny_mrm, "child_rewards",
+                        lambda *given: calls.append(given) or child_rewards(*given))
     result = saffron(tiny_policy, tiny_mrm, prompt, paper(width=3, max_new_tokens=4, min_new_tokens=4))
     assert len(calls) == len(result.trace) == 4, "child_rewards gives M of all candidates of a step"
     monkeypatch.setattr(tiny_mrm.llama, "logits", logits)
@@ -165,7 +166,8 @@ def test_equal_rewards_stand_in_frontier_order_then_the_policys(tiny_policy, tin
     assert [b.tokens for b in first] == [[token] for token in favourites([])]
     assert [b.tokens for b in second] == [first[0].tokens + [token] for token in favourites(first[0].tokens)]
     cold = saffron(tiny_policy, same, prompt, paper(width=5, max_new_tokens=2, top_p=0.99, temperature=0.0))
-    assert [[b.tokens for b in frontier] for frontier in cold.trace] == [[first[0].tokens], [second[0].tokens]]
+    assert [[b.tokens for b in frontier] for frontier in cold.trace] == [
+        [first[0].tokens], [second[0].tokens]]
 
 
 @pytest.mark.exercise(7, points=2)
