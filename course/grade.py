@@ -256,7 +256,7 @@ def earned_by(n, outcomes, bonus):
             replaced.append(f"{test}: what it is checked with was changed while it ran")
     if blank_ones:
         s = "s" * (blank_ones > 1)
-        failed.append(f"exercise {n}: {blank_ones} test{s} found a function that was not written, or not taken")
+        failed.append(f"exercise {n}: {blank_ones} test{s} met a function that was not written, or not taken")
     return earned, failed, replaced
 
 

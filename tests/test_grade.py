@@ -196,7 +196,7 @@ def test_each_of_twelve_gets_the_points_of_what_is_solved(class_of_twelve):
 def test_the_table_says_what_failed_and_what_was_left_behind(class_of_twelve):
     failed = {name: row["failed"] for name, row in class_of_twelve.items()}
     assert failed["right"] == failed["right in another way"] == ""
-    assert f"exercise {NUCLEUS}: 3 tests found a function that was not written" in failed["half right"]
+    assert f"exercise {NUCLEUS}: 3 tests met a function that was not written" in failed["half right"]
     assert "search.py, line " in failed["syntax error"] and "invalid syntax" in failed["syntax error"]
     assert "test_candidates_of_an_unseen_nucleus: stopped after " in failed["endless loop"]
     changed = {name: row["also changed"] for name, row in class_of_twelve.items()}
