@@ -1,7 +1,7 @@
 """
 Grade a class: a row for each student in a CSV.
 
-    python course/grade.py --exercises 4 5 6 submissions/*
+    python course/grade.py --exercise 4 5 6 submissions/*
 
 A submission is a folder with the student's name, and in it the modules that the exercises are in; for
 these three, search.py, mrm.py and data/corpus.py. It may be a whole student copy: nothing else in it is read.
@@ -320,8 +320,8 @@ def submissions_among(paths):
 
 def parse_arguments():
     parser = Parser(description="Grade a class: a row for each student in a CSV.")
-    parser.add_argument("--exercises", nargs="+", required=True, metavar="N",
-                        help=f"exercises to grade, {GRADED[0]} to {GRADED[-1]}")
+    parser.add_argument("--exercise", nargs="+", required=True, metavar="N", dest="exercises",
+                        help=f"exercises to grade, of {', '.join(map(str, GRADED))}")
     parser.add_argument("--out", type=Path, default=Path("grades.csv"), metavar="FILE",
                         help="the table, a CSV; rows of other students in it stay")
     parser.add_argument("--time_limit", type=number(1, 86400), default=60, metavar="S",
@@ -331,11 +331,11 @@ def parse_arguments():
     args = parser.parse_args()
     count = next((i for i, word in enumerate(args.exercises) if not word.isdecimal()), len(args.exercises))
     numbers = args.exercises[:count]
-    folders = args.exercises[count:] + args.submissions                 # --exercises 4 5 DIR
+    folders = args.exercises[count:] + args.submissions                 # --exercise 4 5 DIR
     args.submissions = [Path(folder) for folder in folders]
     args.exercises = sorted({int(n) for n in numbers})
     if not args.exercises or not set(args.exercises) <= set(GRADED):
-        parser.error(f"--exercises {' '.join(numbers)}: expected some of {', '.join(map(str, GRADED))}")
+        parser.error(f"--exercise {' '.join(numbers)}: expected some of {', '.join(map(str, GRADED))}")
     return args
 
 

@@ -13,11 +13,11 @@ from plumbing.files import parsing, read_field, read_jsonl, reading
 
 @dataclass
 class Example:
-    """One reply. targets: the label (0 safe to 1 unsafe) or the guard's reward, one number for each reply
-    token. siblings: (position, token, reward) of tokens that could follow reply[:position]."""
+    """One reply. targets, one for each reply token: the label (1 unsafe), or for the MRM the guard's reward
+    (below 0 unsafe). siblings: (position, token, reward) of tokens that could follow reply[:position]."""
     source: str
     context: list               # tokens up to the reply
-    reply: list                 # tokens of the reply; of a guard's example, its prefill included
+    reply: list                 # tokens of the reply; the prefill too, but where it is hidden from the MRM
     targets: list
     siblings: list = field(default_factory=list)
 
@@ -27,17 +27,17 @@ class Batch:
     """Some Examples as tensors, padded on the right: attention is causal, so no token sees the padding."""
     tokens: torch.Tensor                # contexts and replies (B, T)
     rows: torch.Tensor                  # of each of the n reply tokens: which example it is in (n,)
-    columns: torch.Tensor               # where it stands itself in `tokens` (n,)
+    columns: torch.Tensor               # its own column in `tokens` (n,)
     targets: torch.Tensor               # its label (1 unsafe), or the guard's reward (below 0 unsafe) (n,)
     sibling_rows: torch.Tensor          # of each of the m siblings: which example it is of (m,)
-    sibling_columns: torch.Tensor       # where the token before it stands in `tokens` (m,)
+    sibling_columns: torch.Tensor       # the column of the token before it (m,)
     sibling_tokens: torch.Tensor        # the token (m,)
     sibling_rewards: torch.Tensor       # the guard's reward if it came next (m,)
-    sibling_prefixes: torch.Tensor      # the number of its prefix: siblings of one prefix share it (m,)
+    sibling_prefixes: torch.Tensor      # which prefix it follows: a number that its siblings share (m,)
 
     def supervised(self, hidden):
-        """Of each reply token s_j, what Eq. 5 needs: h(s[0:j]) (n, d), s_j (n,) and R(s[0:j+1]) (n,). hidden:
-        final hidden states of `tokens` (B, T, d)."""
+        """Of each reply token s_j, what Eq. 5 needs: h(s[0:j]) (n, d), s_j (n,) and R(s[0:j+1]) (n,). s:
+        context and reply together. hidden: final hidden states of `tokens` (B, T, d)."""
         return hidden[self.rows, self.columns - 1], self.tokens[self.rows, self.columns], self.targets
 
 
@@ -81,8 +81,8 @@ def read_labels(path, llama, max_prompt, max_reply):
 
 def read_rewards(folder, llama, guard=None):
     """(training, held-out) examples from the shards of data/safety_rewards, whose readme.md describes them.
-    Raises BadInput for a shard that is missing, incomplete, or of another vocabulary, run or guard.
-    guard: the id (adapters.guard_id) of the one that must have given the rewards, or None for any."""
+    Raises BadInput for a shard that is missing, incomplete, or of another vocabulary, run or guard than it
+    must be. guard: the id (adapters.guard_id) of the one that gave the rewards, or None for any."""
     template = llama.tokenizer.template("reward")
     paths = sorted(Path(folder).glob("corpus-*.safetensors"))
     metadata = [read_metadata(path) for path in paths]

@@ -4,13 +4,15 @@ The exploration-efficiency dilemma in numbers: what a search costs, by its defin
     python results/dilemma.py                           widths 1, 4, 16 on the default models
     python results/dilemma.py --width 1,64 --candidates 100
 
-It runs no search. It prints how often four searches ask the policy and the reward model, how many tokens
-these read, and the FLOPs of that, for one prompt. Compare the tables of eval.py, which count what really
-happened. The predictions hold where
+It runs no search; it reads the sizes of the models. It prints how often four searches ask policy and reward
+model, how many tokens these read, and the FLOPs of that, for one prompt. Compare the tables of eval.py, which
+count what really happened. The predictions hold where
 
 - no reply ends before its last token;
-- each nucleus holds --candidates tokens, at least as many as the width;
-- rebase gives each of its sequences one expansion, from the second step on;
+- each nucleus holds at least as many tokens as the width (for saffron: without what is unseen or repeats
+  itself), and for beam --candidates of them;
+- rebase gives each of its sequences one expansion, from the second step on (if it gives several to one, it
+  asks less);
 - no two of best_of_n's replies begin with the same token.
 """
 
@@ -44,7 +46,7 @@ def predicted_cost(method, width, steps, candidates, context):
     policy_context, reward_context = context
     # Asked about the empty reply, and then about `width` sequences after each step but the last.
     asked = 1 + (steps - 1) * width
-    # Of what is asked about, the last token is new; the first time, it is the whole context.
+    # The first question reads the context, each later one a new token.
     policy_tokens = policy_context + asked - 1
     if method == "saffron":                             # the MRM is asked what the policy is asked
         return Cost(asked, asked, policy_tokens, reward_context + asked - 1)
@@ -52,7 +54,8 @@ def predicted_cost(method, width, steps, candidates, context):
         return Cost(asked, candidates * asked, policy_tokens, reward_context + candidates * asked)
     if method == "rebase":                              # about `width` expansions in each step
         return Cost(asked, width * steps, policy_tokens, reward_context + width * steps)
-    # best_of_n: `width` replies from the first token on; the guard reads each once, as a whole.
+    # best_of_n: `width` replies from the first token on, so the first step asks `width` times about the same
+    # empty reply, which is read once; the guard reads each reply once, as a whole.
     return Cost(width * steps, width, policy_tokens, reward_context + width * steps)
 
 

@@ -164,7 +164,7 @@ def class_of_twelve(tmp_path_factory, sources):
         (folder / "in" / name / "data" / "corpus.py").write_text(corpus, encoding="utf-8")
     (folder / "in" / "right" / "notes.py").write_text("1 / 0", encoding="utf-8")
     (folder / "in" / "stray.zip").write_bytes(b"")
-    command = [sys.executable, "course/grade.py", "--exercises", str(NUCLEUS), str(LOSS),
+    command = [sys.executable, "course/grade.py", "--exercise", str(NUCLEUS), str(LOSS),
                *sorted((folder / "in").iterdir()), "--out", folder / "grades.csv", "--time_limit", "20"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0 and "12 submissions, tampering suspected in 6" in done.stdout, done.stderr
@@ -416,7 +416,7 @@ def test_a_link_is_no_file(tmp_path):
         with pytest.raises(BadInput, match=f"there is no file {file}"):
             read_module(tmp_path, file)
     (tmp_path / "alice").symlink_to(ROOT)
-    status, _, err = run_script("course/grade.py", "--exercises", LOSS, tmp_path / "alice")
+    status, _, err = run_script("course/grade.py", "--exercise", LOSS, tmp_path / "alice")
     assert status == 2 and "is a symbolic link" in err
 
 
@@ -608,29 +608,29 @@ def test_grading_again_updates_rows_and_keeps_others(tmp_path, sources):
     assert table.read_bytes().startswith(b"\xef\xbb\xbfstudent,")
     (tmp_path / "-ann").mkdir()
     (tmp_path / "-ann" / "search.py").write_text(sources["right search"], encoding="utf-8")
-    status, _, err = run_script("course/grade.py", "--exercises", NUCLEUS, tmp_path / "-ann", "--out", table)
+    status, _, err = run_script("course/grade.py", "--exercise", NUCLEUS, tmp_path / "-ann", "--out", table)
     assert status == 0, err
     rows = grade.read_table(table, header)
     assert list(rows) == ["Zoë", "'-ann"] and rows["Zoë"] == others["Zoë"]
     assert rows["'-ann"][1] == str(FULL[0])
     assert rows["'-ann"][-1] in ("bubblewrap", "not isolated")
     before = table.read_bytes()
-    status, _, err = run_script("course/grade.py", "--exercises", LOSS, tmp_path / "-ann", "--out", table)
+    status, _, err = run_script("course/grade.py", "--exercise", LOSS, tmp_path / "-ann", "--out", table)
     assert status == 2 and "its columns are not those of these exercises" in err and err.count("\n") == 1
     assert table.read_bytes() == before
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--exercises", "99", "course"], "99"), (["--exercises", "4"], "submissions/*"),
-    (["course"], "--exercises"), (["--exercises", "4", "no-such"], "no-such: there is no such folder"),
-    (["--exercises", "x", "course"], "expected some of 1"),
-    (["--exercises", "4", "course", "course"], "two submissions"),
-    (["--exercises", "4", "course", "--out", "no-such/grades.csv"], "no-such is no folder")])
+    (["--exercise", "99", "course"], "99"), (["--exercise", "4"], "submissions/*"),
+    (["course"], "--exercise"), (["--exercise", "4", "no-such"], "no-such: there is no such folder"),
+    (["--exercise", "x", "course"], "expected some of 1"),
+    (["--exercise", "4", "course", "course"], "two submissions"),
+    (["--exercise", "4", "course", "--out", "no-such/grades.csv"], "no-such is no folder")])
 def test_bad_input(options, said):
     status, out, err = run_script("course/grade.py", *options)
     assert (status, out) == (2, "") and said in err and err.count("\n") == 1
 
 
 def test_a_stray_file_is_named_and_passed_over():
-    status, _, err = run_script("course/grade.py", "--exercises", "4", "README.md")
+    status, _, err = run_script("course/grade.py", "--exercise", "4", "README.md")
     assert status == 2 and "README.md is passed over" in err and "a folder for each student" in err

@@ -315,7 +315,7 @@ def test_options_in_the_prose_exist(name):
                for path in ROOT.glob(pattern)]
     parsers = [parser for parser in map(parser_of, scripts) if parser]
     known = ({option for parser in parsers for option in parser._option_string_actions}
-             | {"--exercise", "--exercises"})
+             | {"--exercise"})
     for option in re.findall(r"`(--\w+)", text_of(name)):
         assert option in known, option
 
