@@ -41,6 +41,7 @@ from plumbing.start import printable, run
 
 GRADED = [n for n, exercise in EXERCISES.items() if exercise.functions]
 RUNNERS = 2                 # exercises at once
+MOST_REASONS = 40           # in a cell of the table
 INSIDE = "/grading"         # what the folder of a Runner is called in its namespace
 # All that is left of the environment: it could lead to this repository.
 KEPT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -140,7 +141,7 @@ class Runner:
             stderr=subprocess.DEVNULL)
 
     def run(self, n, files, seconds):
-        """{test: outcome} of the tests of exercise n. Raises BadInput where they do not run at all."""
+        """{test: outcome} of the tests of exercise n or, where they do not run at all, {"": why}."""
         if self.process.poll() is not None:                             # an exercise before has ended it
             self.close()
             self.start()
@@ -160,9 +161,7 @@ class Runner:
                 outcomes[values[0]] = values[1]
             elif kind == "broken":
                 why = values[0]
-        if not outcomes:
-            raise BadInput(f"the tests of exercise {n} do not run here: {why}")
-        return outcomes
+        return outcomes or {"": why}
 
     def close(self):
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -227,6 +226,8 @@ def grade(folder, numbers, seconds, common, runners):
     outcomes = runners.run(files, seconds)
     points, extra = [], []
     for n in numbers:
+        if "" in outcomes[n]:
+            failed.append(f"exercise {n}: its tests do not run: {outcomes[n]['']}")
         earned, why, replaced = earned_by(n, outcomes[n], bonus=False)
         points.append(earned)
         failed += why
@@ -261,13 +262,17 @@ def earned_by(n, outcomes, bonus):
 
 
 def sentence(reasons):
-    """For a cell of the table: each reason once, in one line. (Some are texts of the student's.)"""
-    lines = [printable(" ".join(str(reason).split()))[:200] for reason in reasons]
-    return cell("; ".join(dict.fromkeys(lines)))
+    """For a cell of the table: each reason once, in one line, and not too many. (Some are texts of the
+    student's.)"""
+    lines = list(dict.fromkeys(printable(" ".join(str(reason).split()))[:200] for reason in reasons))
+    if len(lines) > MOST_REASONS:
+        lines[MOST_REASONS:] = [f"and {len(lines) - MOST_REASONS} more"]
+    return cell("; ".join(lines))
 
 
 def cell(text):
-    """A text for the table: a spreadsheet would take one that begins so for a formula."""
+    """A text for the table. A spreadsheet would take one that begins so for a formula."""
+    text = text.encode("utf-8", "replace").decode("utf-8")              # a name may hold bytes that are none
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
@@ -354,6 +359,10 @@ def main():
     runners = Runners(isolated)
     suspected = 0
     try:
+        first = args.exercises[0]
+        outcomes = runners.run({first: common}, args.time_limit)[first]
+        if set(outcomes.values()) != {"passed"}:
+            raise BadInput(f"right solutions do not pass the tests of exercise {first} here: {outcomes}")
         for folder in tqdm(folders, unit="submission", file=sys.stderr):
             row = grade(folder, args.exercises, args.time_limit, common, runners)
             suspected += bool(row[-2])

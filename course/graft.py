@@ -19,23 +19,31 @@ import contextlib
 import copy
 import functools
 import importlib
+import operator
 import symtable
 import types
 import warnings
 
+import torch
+
 from plumbing.errors import BadInput
 
 LARGEST = 2 ** 20                           # bytes of a file that is read
-# Doors lead to files, to other modules, to the code that calls a function, as attributes with _ in front do.
+# Doors lead to files, to other modules, to the code that calls a function. So do attributes with _ in front,
+# and what is imported from plumbing. A class, or what makes one, can equal all that it is compared with.
 DOORS = set("""exec eval compile open input breakpoint globals locals vars getattr setattr delattr help
     license credits copyright os sys gc io builtins importlib inspect subprocess ctypes pickle signal shutil
     pathlib Path socket threading multiprocessing testing hub library load load_inline save savez
     savez_compressed savetxt dump dumps from_file fromfile tofile fromregex loadtxt genfromtxt memmap
-    DataSource gi_frame gi_code cr_frame ag_frame tb_frame f_back f_code f_globals f_locals
-    f_builtins""".split())
-# A class can equal everything that it is compared with, and its pattern in `match` can get any attribute.
+    DataSource gi_frame gi_code cr_frame ag_frame tb_frame f_back f_code f_globals f_locals f_builtins
+    format format_map operator attrgetter methodcaller update_wrapper wraps type dataclass
+    NamedTuple""".split())
 REFUSED = {ast.ClassDef: "a class", ast.MatchClass: "the pattern of a class", ast.AsyncFunctionDef: "async"}
+SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 MODULES = {"nn", "functional", "linalg", "special", "fft"}      # modules inside of others that are no doors
+# What a function may name of torch itself: functions of tensors, number types, and these.
+OF_TORCH = {*dir(torch._C._VariableFunctions), "tensor", "Generator", "no_grad", "inf", "nan", "pi", "finfo",
+            "iinfo", "nn", *MODULES}
 
 
 @contextlib.contextmanager
@@ -46,21 +54,21 @@ def reading_code(name):
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
         raise BadInput(f"{name}{line}: {error.msg}") from None
-    except (ValueError, RecursionError, MemoryError, OverflowError) as error:
+    except (ValueError, RecursionError, MemoryError, OverflowError, OSError) as error:
         raise BadInput(f"{name} cannot be read ({type(error).__name__}: {error})") from None
 
 
 def read_module(folder, file):
     """The syntax tree of a student's file: folder/file or, where uploads are flat, folder and its last name.
     Raises BadInput with one line, which says where the mistake is."""
-    path = folder / file
-    if not path.exists():
-        path = folder / path.name
-    if not path.is_file() or path.resolve() != folder.resolve() / path.relative_to(folder):
-        raise BadInput(f"there is no file {file}")                      # a link could lead to the solution
-    if path.stat().st_size > LARGEST:
-        raise BadInput(f"{file} has more than {LARGEST} bytes")
     with reading_code(file), warnings.catch_warnings(action="ignore"):
+        path = folder / file
+        if not path.exists():
+            path = folder / path.name
+        if not path.is_file() or path.resolve() != folder.resolve() / path.relative_to(folder):
+            raise BadInput(f"there is no file {file}")                  # a link could lead to the solution
+        if path.stat().st_size > LARGEST:
+            raise BadInput(f"{file} has more than {LARGEST} bytes")
         content = path.read_bytes()
         compile(content, path.name, "exec", dont_inherit=True)          # finds what the parser does not
         tree = ast.parse(content)
@@ -83,53 +91,72 @@ def parts(tree):
 
 
 @functools.cache
-def modules_of(source):
-    """{name: module} of the modules that a reference file imports."""
-    found = {}
+def imports_of(source):
+    """What a reference file imports: {name: module} of modules, and the names that come from plumbing."""
+    modules, doors = {}, set()
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                found[alias.asname or alias.name] = importlib.import_module(alias.name)
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
+        for alias in getattr(node, "names", []):
+            name = alias.asname or alias.name
+            if isinstance(node, ast.Import):
+                modules[name] = importlib.import_module(alias.name)
+            elif isinstance(node, ast.ImportFrom):
                 thing = getattr(importlib.import_module(node.module), alias.name)
                 if isinstance(thing, types.ModuleType):
-                    found[alias.asname or alias.name] = thing
-    return found
+                    modules[name] = thing
+                elif node.module.startswith("plumbing.") and node.module != "plumbing.errors":
+                    doors.add(name)
+    return modules, doors
 
 
-def attribute_of(node, modules):
+def thing_at(node, modules):
     """What `torch.nn.functional.relu` stands for, if it begins with a module and is there; else None."""
     if isinstance(node, ast.Name):
         return modules.get(node.id)
-    above = attribute_of(node.value, modules) if isinstance(node, ast.Attribute) else None
-    return None if above is None else getattr(above, node.attr, None)
+    above = thing_at(node.value, modules) if isinstance(node, ast.Attribute) else None
+    try:
+        return None if above is None else getattr(above, node.attr, None)
+    except Exception:                                   # torch makes some attributes when they are asked for
+        return None
 
 
 def is_literal(node):
+    """Whether an expression is a literal, float("inf") included."""
     try:
         ast.literal_eval(node)
         return True
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return False
+        return ast.unparse(node).lower() in ("float('inf')", "float('-inf')", "float('nan')")
 
 
-def is_plain(node, modules):
-    """Whether an expression may be computed during import: a literal, an attribute of a module, or a number
-    made of numbers. (No powers: a large one takes forever.) What then raises an error is not plain."""
+def number_of(node, modules, numbers):
+    """The value of a number made of numbers, of those of modules (math.pi) and of `numbers` ({name: value}).
+    No powers: a large one takes forever. Raises ValueError or ArithmeticError."""
+    value = None
+    if isinstance(node, ast.Constant):
+        value = node.value
+    elif isinstance(node, ast.Name):
+        value = numbers.get(node.id)
+    elif isinstance(node, ast.Attribute) and not door(node, modules):
+        value = thing_at(node, modules)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = -number_of(node.operand, modules, numbers)
+    elif isinstance(node, ast.BinOp) and type(node.op) in SUMS:
+        value = SUMS[type(node.op)](*(number_of(side, modules, numbers) for side in (node.left, node.right)))
+    if type(value) not in (int, float):
+        raise ValueError("no number")
+    return value
+
+
+def is_plain(node, modules, numbers):
+    """Whether an expression may be computed during import: a literal, an attribute of a module, a number."""
     if is_literal(node):
         return True
-    for part in ast.walk(node):
-        is_number = isinstance(part, ast.Constant) and type(part.value) in (int, float)
-        is_sum = isinstance(part, (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UnaryOp, ast.USub))
-        if not (is_number or is_sum or isinstance(part, (ast.Attribute, ast.Name, ast.Load))):
-            return False
-    if door(node, modules, set()):
-        return False
+    if isinstance(node, ast.Attribute):
+        return thing_at(node, modules) is not None and not door(node, modules)
     try:
-        eval(compile(ast.Expression(node), "a constant", "eval"), {"__builtins__": {}}, modules)
+        number_of(node, modules, numbers)
         return True
-    except (NameError, AttributeError, TypeError, ArithmeticError):
+    except (ValueError, ArithmeticError):
         return False
 
 
@@ -168,28 +195,40 @@ def globals_of(node):
 
 
 def targets_of(node):
-    """The names that an assignment at top level gives values to, or none."""
+    """The names that an assignment at top level gives values to: a and b of `a = b = 1` and of `a, b = 1, 2`.
+    None for other shapes, and for what is no assignment."""
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [name.id for target in targets for name in getattr(target, "elts", [target])
-            if isinstance(name, ast.Name)]
+    names = []
+    for target in targets:
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            if len(target.elts) != len(node.value.elts):
+                return []
+            names += target.elts
+        else:
+            names.append(target)
+    return [name.id for name in names] if all(isinstance(name, ast.Name) for name in names) else []
 
 
 def helpers_of(student, reference):
-    """{name: node} of new functions and constants at top level. reference: the source of the file."""
+    """{name: node} of new functions and constants at top level, and {name: value} of constants that are
+    numbers. reference: the source of the file."""
     known = symtable.symtable(reference, "reference", "exec").get_identifiers()
     known = {*known, *dir(builtins)}
-    modules = modules_of(reference)
-    helpers = {}
+    modules, _ = imports_of(reference)
+    helpers, numbers = {}, {}
     for node in student.body:
         if isinstance(node, ast.FunctionDef) and node.name not in known:
             helpers[node.name] = plain(node)
-        value = getattr(node, "value", None)
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and value and not known & {*targets_of(node)}:
-            if isinstance(node, ast.AnnAssign):
-                node = ast.copy_location(ast.Assign([node.target], value), node)
-            if isinstance(value, ast.Lambda) or is_plain(value, modules):
-                helpers |= dict.fromkeys(targets_of(node), node)
-    return helpers
+        if isinstance(node, ast.AnnAssign) and node.value:
+            node = ast.copy_location(ast.Assign([node.target], node.value), node)
+        names = targets_of(node)
+        if not isinstance(node, ast.Assign) or not names or known & {*names}:
+            continue
+        if isinstance(node.value, ast.Lambda) or is_plain(node.value, modules, numbers):
+            helpers |= dict.fromkeys(names, node)
+            with contextlib.suppress(ValueError, ArithmeticError):
+                numbers[names[0]] = number_of(node.value, modules, numbers)
+    return helpers, numbers
 
 
 def used_by(function, helpers):
@@ -202,28 +241,31 @@ def used_by(function, helpers):
     return used
 
 
-def computed_default(node, modules, allowed):
-    """Where a function or lambda has a default that would have to be computed during import, or None.
-    allowed: the texts of some that need not."""
-    for part in ast.walk(node):
-        if isinstance(part, ast.arguments):
-            for default in [*part.defaults, *filter(None, part.kw_defaults)]:
-                if not is_plain(default, modules) and ast.unparse(default) not in allowed:
-                    return f"line {default.lineno}: a default that is computed"
+def computed_default(node, modules, numbers, allowed):
+    """Where a function, or the lambda of a constant, has a default that would have to be computed during
+    import, or None. allowed: the texts of some that need not."""
+    arguments = getattr(node if isinstance(node, ast.FunctionDef) else node.value, "args", None)
+    if isinstance(arguments, ast.arguments):
+        for default in [*arguments.defaults, *filter(None, arguments.kw_defaults)]:
+            if not is_plain(default, modules, numbers) and ast.unparse(default) not in allowed:
+                return f"line {default.lineno}: a default that is computed"
     return None
 
 
-def door(part, modules, own):
-    """Where a function, or another part of a file, leads out of itself, or None. own: the names of the
-    student's constants that it may change."""
+def door(part, modules, doors=frozenset(), own=frozenset()):
+    """Where a function, or another part of a file, leads out of itself, or None. doors: names of the file
+    that are doors too. own: the names of the student's constants that it may change."""
     outside = globals_of(part)
     before_a_dot = {id(node.value) for node in ast.walk(part) if isinstance(node, ast.Attribute)}
     found = []
     for node in ast.walk(part):
         word = door_of(node, outside, modules) or change_of(node, outside - own)
-        is_module = isinstance(node, ast.Name) and node.id in outside and node.id in modules
+        if isinstance(node, ast.Name) and node.id in outside & doors:
+            word = node.id
+        is_module = isinstance(node, (ast.Name, ast.Attribute)) and isinstance(
+            thing_at(node, {name: modules[name] for name in outside & modules.keys()}), types.ModuleType)
         if is_module and id(node) not in before_a_dot:
-            word = f"{node.id} without a dot behind it"         # an alias, of which no more could be said
+            word = word or f"{ast.unparse(node)} without a dot behind it"       # an alias could be anything
         if word:
             found.append((node.lineno, word))
     return "line {}: {}".format(*min(found)) if found else None
@@ -233,8 +275,6 @@ def door_of(node, outside, modules):
     """What a node of the syntax tree leads to, or None. outside: the names that are global in it."""
     if type(node) in REFUSED:
         return REFUSED[type(node)]
-    if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "type" and len(node.args) != 1:
-        return "a class made by type"
     if isinstance(node, ast.FunctionDef) and node.name.startswith("__"):
         return node.name
     if isinstance(node, ast.Name) and node.id in outside and (node.id in DOORS or node.id.startswith("__")):
@@ -243,7 +283,12 @@ def door_of(node, outside, modules):
         is_of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
         if node.attr in DOORS or node.attr.startswith("__" if is_of_self else "_"):
             return node.attr
-        if isinstance(attribute_of(node, modules), types.ModuleType) and node.attr not in MODULES:
+        above = thing_at(node.value, modules)
+        thing = thing_at(node, modules)
+        is_named = above is torch and node.attr not in OF_TORCH and not isinstance(thing, torch.dtype)
+        if is_named or above is torch.nn and node.attr not in MODULES:
+            return ast.unparse(node)
+        if isinstance(thing, types.ModuleType) and node.attr not in MODULES:
             return ast.unparse(node)
     return None
 
@@ -267,8 +312,8 @@ def graft(reference, student, names):
     these functions are blank, and such ones stay so. Raises BadInput."""
     with reading_code("a function"):
         tree = ast.parse(reference)
-        modules = modules_of(reference)
-        helpers = helpers_of(student, reference)
+        modules, from_plumbing = imports_of(reference)
+        helpers, numbers = helpers_of(student, reference)
         constants = {name: node.value for name, node in helpers.items() if isinstance(node, ast.Assign)}
         own = {name for name, value in constants.items() if is_literal(value)}
         ours, theirs = parts(tree), parts(student)
@@ -281,17 +326,17 @@ def graft(reference, student, names):
             used = used_by(function, helpers)
             allowed = {*constants, *map(ast.unparse, ours[name].args.defaults)}
             for node in [function, *used.values()]:
-                if why := computed_default(node, modules, allowed):
+                if why := computed_default(node, modules, numbers, allowed):
                     missing.setdefault(name, why)
-                if where := door(node, modules, own):
+                if where := door(node, modules, from_plumbing, own):
                     doors.setdefault(name, where)
             if name not in missing and name not in doors:
                 ours[name].args, ours[name].body = function.args, function.body
                 added |= used
-        # Constants stand above the functions, whose defaults they may be; helpers below.
+        # In the student's order. Constants stand above the functions, whose defaults they may be.
         imports = [i for i, node in enumerate(tree.body) if isinstance(node, (ast.Import, ast.ImportFrom))]
         place = imports[-1] + 1 if imports else 0
-        new = list({id(node): node for node in added.values()}.values())
+        new = sorted({id(node): node for node in added.values()}.values(), key=lambda node: node.lineno)
         tree.body[place:place] = [node for node in new if isinstance(node, ast.Assign)]
         tree.body += [node for node in new if not isinstance(node, ast.Assign)]
         return ast.unparse(ast.fix_missing_locations(tree)), missing, doors
@@ -301,7 +346,7 @@ def left_behind(reference, student, names):
     """What a student's file has and no exercise takes, each with its line. names: the functions of all
     exercises in this file, and those that are blank in the student copy. Raises BadInput."""
     with reading_code("a function"):
-        helpers = helpers_of(student, reference)
+        helpers, _ = helpers_of(student, reference)
         ours, theirs = parts(ast.parse(reference)), parts(student)
         taken = set(names)
         for name in names:

@@ -225,6 +225,9 @@ def test_the_table_says_why_tampering_is_suspected(class_of_twelve):
 REFERENCE = '''
 import math
 import torch
+import torch.nn as nn
+from dataclasses import dataclass
+from plumbing.files import read_text
 LIMIT = 3
 
 class Tree:
@@ -303,7 +306,13 @@ def test_an_import_that_the_file_lacks_is_left_behind(tmp_path):
     ("class Equal:\n        def __eq__(self, other):\n            return True", "a class"),
     ("class Equal:\n        __eq__ = lambda self, other: True", "a class"),
     ("T.sum = len\nT = torch.Tensor", "a change of T.sum"),
-    ("return type('Equal', (), {'__' + 'eq__': lambda self, other: True})()", "a class made by type"),
+    ("return type('Equal', (), {'__' + 'eq__': lambda self, other: True})()", "type"),
+    ("t = type\n    return t('Equal', (), {})", "type"), ("return dataclass(items)", "dataclass"),
+    ("return '{0.f_back}'.format(items)", "format"), ("return torch.nn", "torch.nn without a dot behind it"),
+    ("return torch.get_device_module('cpu')", "torch.get_device_module"),
+    ("return torch.CompilationUnit('')", "torch.CompilationUnit"), ("T = torch.Tensor", "torch.Tensor"),
+    ("return torch.classes.a.b", "torch.classes"), ("return nn.Linear", "nn.Linear"),
+    ("return read_text('tests/test_model.py')", "read_text"),
     ("match math:\n        case object(sys=found):\n            return found",
      "math without a dot behind it"),
     ("match items:\n        case object(sys=found):\n            return found", "the pattern of a class"),
@@ -339,12 +348,25 @@ def test_a_default_runs_during_import_and_is_not_taken(tmp_path):
     ("def best(items):\n    return add(items)\ndef add(x, kind=torch.float64):\n    return x, kind",
      (7, torch.float64)),
     ("KNOWN = {}\ndef best(items):\n    KNOWN[items] = 3\n    return KNOWN", {7: 3}),
+    ("A = 3\nB = 2 * A\nKEY = lambda x, sign=B: sign * x\ndef best(items):\n    return KEY(items)", 42),
+    ("LOW = float('-inf')\ndef best(items):\n    return max(LOW, items)", 7),
+    ("def best(items):\n    return min([2, 1], key=lambda x, y=items: y * x)", 1),
     ("CALLS = 1\ndef best(items):\n    global CALLS\n    CALLS += 1\n    return CALLS", 2),
     ("def best(items):\n    def load(x):\n        return x + torch.linalg.norm(torch.ones(4)).item()\n"
      "    return load(items)", 9)])
 def test_honest_ways_to_write_it(tmp_path, code, value):
     module, missing, doors = grafted(tmp_path, code, ["best"])
     assert (missing, doors) == ({}, {}) and module["best"](7) == value
+
+
+@pytest.mark.parametrize("code", [
+    "A, B = 1\n", "*torch, A = 1, 2\n", "A, (torch, B) = 1, (2, 3)\n", "A, B = 1, 2, 3\n", "torch = 1\n",
+    "A = math.e * [1]\n", "A = 10 ** 10\n", "A = 1 / 0\n", "A = torch.classes.a.b\n"])
+def test_a_constant_that_could_not_be_imported_is_left_behind(tmp_path, code):
+    module, missing, doors = grafted(tmp_path, code + "def best(items):\n    return A\n", ["best"])
+    assert (missing, doors) == ({}, {}) and "A" not in module and module["torch"] is torch
+    with pytest.raises(NameError):
+        module["best"](1)
 
 
 @pytest.mark.parametrize("source", [
@@ -392,8 +414,8 @@ class Tree(list):
         return 1
 '''
     assert left_behind(REFERENCE, ast.parse(student), ["best", "Tree.insert"]) == [
-        "line 17: other", "line 20: import gc", "line 21: @print", "line 23: import os", "line 28: unused",
-        "line 30: class Tree(list):", "line 31: Tree.size"]
+        "line 20: other", "line 23: import gc", "line 24: @print", "line 26: import os", "line 31: unused",
+        "line 33: class Tree(list):", "line 34: Tree.size"]
 
 
 @pytest.mark.parametrize("content, said", [
@@ -595,7 +617,8 @@ def test_without_bubblewrap_it_says_so(monkeypatch):
 def test_a_cell_is_no_formula_to_a_spreadsheet():
     """Names of folders and messages of errors are texts of the student's."""
     assert grade.cell("=1+1") == "'=1+1" and grade.sentence(["@SUM(A1)", "twice"]) == "'@SUM(A1); twice"
-    assert grade.cell("ann-marie") == "ann-marie"
+    assert grade.cell("ann-marie") == "ann-marie" and grade.cell("M\udcfcller") == "M?ller"
+    assert grade.sentence(f"line {i}" for i in range(1000)).endswith("line 39; and 960 more")
 
 
 @pytest.mark.slow
