@@ -256,15 +256,14 @@ def door(part, modules, doors=frozenset(), own=frozenset()):
     """Where a function, or another part of a file, leads out of itself, or None. doors: names of the file
     that are doors too. own: the names of the student's constants that it may change."""
     outside = globals_of(part)
+    modules = {name: modules[name] for name in outside & modules.keys()}        # others are names of its own
     before_a_dot = {id(node.value) for node in ast.walk(part) if isinstance(node, ast.Attribute)}
     found = []
     for node in ast.walk(part):
         word = door_of(node, outside, modules) or change_of(node, outside - own)
         if isinstance(node, ast.Name) and node.id in outside & doors:
             word = node.id
-        is_module = isinstance(node, (ast.Name, ast.Attribute)) and isinstance(
-            thing_at(node, {name: modules[name] for name in outside & modules.keys()}), types.ModuleType)
-        if is_module and id(node) not in before_a_dot:
+        if isinstance(thing_at(node, modules), types.ModuleType) and id(node) not in before_a_dot:
             word = word or f"{ast.unparse(node)} without a dot behind it"       # an alias could be anything
         if word:
             found.append((node.lineno, word))
