@@ -46,7 +46,7 @@ COPIED = [f"{name}.py" for name in MODULES.split()] + [
     ".gitignore", "docs/*", "results/*.py", "results/*.json", "results/*.png", "data/*.py",
     "data/*/prepare.py", "data/*/readme.md", "data/safety_labels/*.txt",
     "data/prompts/*.jsonl", "data/smollm2/guard.safetensors", "data/smollm2/judge.safetensors",
-    "data/smollm2/mrm.safetensors",
+    "data/smollm2/mrm.safetensors", "course/graft.py",
     "tests/conftest.py", "tests/golden/*", "tests/golden/*/*"]
 LECTURERS = ["docs/teach.md"]       # it says how grading can be fooled
 TESTS = [f"tests/test_{name}.py" for name in "model trie_cache mrm saffron searches costs".split()]
@@ -56,6 +56,8 @@ testpaths = tests
 faulthandler_timeout = 30
 # what failed, and where, without the functions above it
 addopts = --tb=short
+# what is to be written: after a run, those are named that grading would not take
+exercise_functions =
 """
 
 
@@ -290,7 +292,10 @@ def write_copy(out, numbers, other_weeks=()):
                 source = (copy / file).read_text(encoding="utf-8")
                 (copy / file).write_text(blank(source, name, f"exercise {n}: {EXERCISES[n].title}{note}"),
                                          encoding="utf-8", newline="\n")
-        (copy / "pytest.ini").write_text(PYTEST_INI, encoding="utf-8", newline="\n")
+        open_ones = [f"    {n} {function}" for n in sorted({*numbers, *other_weeks})
+                     for function in EXERCISES[n].functions]
+        (copy / "pytest.ini").write_text("\n".join([PYTEST_INI.rstrip(), *open_ones, ""]), encoding="utf-8",
+                                         newline="\n")
         (copy / "HANDOUT.md").write_text(handout(numbers, other_weeks), encoding="utf-8", newline="\n")
         for path in copy.iterdir():                     # all is written by now, and has only to be renamed
             out.mkdir(exist_ok=True)

@@ -341,6 +341,16 @@ def graft(reference, student, names):
         return ast.unparse(ast.fix_missing_locations(tree)), missing, doors
 
 
+def refused(source, names):
+    """{name: why} of those functions of a student's file that `graft` would not take as they stand. It needs no
+    reference, so students can ask. Raises BadInput."""
+    tree = ast.parse(source)
+    kept = (ast.Import, ast.ImportFrom, ast.ClassDef)
+    tree.body = [node for node in tree.body if isinstance(node, kept) or getattr(node, "name", None) in names]
+    _, missing, doors = graft(ast.unparse(tree), ast.parse(source), names)
+    return missing | doors
+
+
 def left_behind(reference, student, names):
     """What a student's file has and no exercise takes, each with its line. names: the functions of all
     exercises in this file, and those that are blank in the student copy. Raises BadInput."""

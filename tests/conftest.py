@@ -39,6 +39,7 @@ def pytest_addoption(parser):
     parser.addoption("--exercise", nargs="+", action="extend", metavar="N",
                      help="run the tests of these exercises and count their points")
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addini("exercise_functions", "in a student copy: what is to be written", type="linelist")
 
 
 def pytest_configure(config):
@@ -111,7 +112,22 @@ def pytest_unconfigure(config):
     if config.left_out:
         print(f"{config.left_out} slow tests were left out; python -m pytest --slow runs all")
     if config.exercises and config.grades:
+        if functions := config.getini("exercise_functions"):            # in a student copy
+            print_refused(functions, config.exercises)
         print_points(config.exercises, config.grades)
+
+
+def print_refused(functions, numbers):
+    """What grading would not take as it stands. functions: "4 search.py:nucleus" and so on."""
+    from graft import refused
+    names = {}
+    for number, function in (line.split(" ", 1) for line in functions):
+        if int(number) in numbers:
+            file, name = function.split(":")
+            names.setdefault(file, []).append(name)
+    for file in names:
+        for name, why in refused((ROOT / file).read_text(encoding="utf-8"), names[file]).items():
+            print(f"\ngrading would not take {name} in {file}: {why} (HANDOUT.md says what is taken)")
 
 
 def print_points(numbers, grades):

@@ -201,12 +201,30 @@ def test_the_numbers_of_unseen_tokens_are_those_of_the_committed_mask():
     assert f"of 49,152 tokens, {49152 - unseen:,} may be said" in " ".join(assign.text_of(9).split())
 
 
+@pytest.mark.slow
+def test_students_see_what_grading_would_not_take(tmp_path):
+    """A function that passes its tests, but with a name that is refused, and a helper that is not."""
+    copy = tmp_path / "copy"
+    assign.write_copy(copy, [4])
+    source = (ROOT / "search.py").read_text(encoding="utf-8")
+    source = source.replace("    limit = top_p if top_p < 1 else math.inf", "    limit = limit_of(top_p)")
+    source = source.replace("    rows, tokens, fallbacks = [], [], []\n",
+                            "    getattr(logits, 'shape')\n    rows, tokens, fallbacks = [], [], []\n")
+    (copy / "search.py").write_text(
+        source + "\n\nMOST = 2 * math.pi\ndef limit_of(x, most=MOST):\n    return x if x < 1 else math.inf\n")
+    _, shown = run_tests(copy, "--exercise", "4")
+    assert re.findall(r"grading would not take (.*) \(", shown) == [
+        f"candidates in search.py: line {source[:source.index('getattr')].count(chr(10)) + 1}: getattr"]
+    assert shown.rstrip().endswith("7 of 7 points")
+
+
 def test_a_copy_has_no_page_for_the_lecturer(student):
     """Nothing in it says how grading works, or how it can be fooled."""
     for path in student.rglob("*.md"):
         text = path.read_text(encoding="utf-8")
         assert "grade.py" not in text and "canary" not in text, path
-    assert not (student / "docs" / "teach.md").exists() and not (student / "course").exists()
+    assert not (student / "docs" / "teach.md").exists()
+    assert [path.name for path in (student / "course").iterdir()] == ["graft.py"]
     assert (student / "docs" / "train.md").exists() and "faulthandler" in (student / "pytest.ini").read_text()
 
 
