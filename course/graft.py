@@ -342,8 +342,8 @@ def graft(reference, student, names):
 
 
 def refused(source, names):
-    """{name: why} of those functions of a student's file that `graft` would not take as they stand. It needs no
-    reference, so students can ask. Raises BadInput."""
+    """{name: why} of those functions of a student's file that `graft` would not take as they stand. It needs
+    no reference, so students can ask. Raises BadInput."""
     tree = ast.parse(source)
     kept = (ast.Import, ast.ImportFrom, ast.ClassDef)
     tree.body = [node for node in tree.body if isinstance(node, kept) or getattr(node, "name", None) in names]
