@@ -51,6 +51,8 @@ def reading_code(name):
     """Turns what Python raises for a file that is wrong, or too large for it, into BadInput with one line."""
     try:
         yield
+    except BadInput:                                                    # it is one line already
+        raise
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
         raise BadInput(f"{name}{line}: {error.msg}") from None

@@ -425,7 +425,7 @@ class Tree(list):
     (b"#" * (2 ** 20 + 1), "it.py has more than")])
 def test_a_file_that_does_not_parse_is_one_line(tmp_path, content, said):
     (tmp_path / "it.py").write_bytes(content)
-    with pytest.raises(BadInput, match=said) as caught:
+    with pytest.raises(BadInput, match="^" + said) as caught:
         read_module(tmp_path, "it.py")
     assert "\n" not in str(caught.value)
 
@@ -435,7 +435,7 @@ def test_a_link_is_no_file(tmp_path):
     (tmp_path / "mrm.py").symlink_to(ROOT / "mrm.py")
     (tmp_path / "data").symlink_to(ROOT / "data")
     for file in ("mrm.py", "data/corpus.py"):
-        with pytest.raises(BadInput, match=f"there is no file {file}"):
+        with pytest.raises(BadInput, match=f"^there is no file {file}$"):
             read_module(tmp_path, file)
     (tmp_path / "alice").symlink_to(ROOT)
     status, _, err = run_script("course/grade.py", "--exercise", LOSS, tmp_path / "alice")
