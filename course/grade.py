@@ -228,15 +228,12 @@ def grade(folder, numbers, seconds, common, runners):
     for n in numbers:
         if "" in outcomes[n]:
             failed.append(f"exercise {n}: its tests do not run: {outcomes[n]['']}")
-        earned, why, replaced = earned_by(n, outcomes[n], bonus=False)
-        points.append(earned)
-        failed += why
-        suspicions += replaced
-        if tests_of(n, bonus=True):
-            earned, why, replaced = earned_by(n, outcomes[n], bonus=True)
-            extra.append(earned)
-            failed += [f"bonus, {reason}" for reason in why]
-            suspicions += replaced
+        for bonus, column in ((False, points), (True, extra)):
+            if tests_of(n, bonus):
+                earned, why, replaced = earned_by(n, outcomes[n], bonus)
+                column.append(earned)
+                failed += [f"bonus, {reason}" if bonus else reason for reason in why]
+                suspicions += replaced
     return [cell(folder.resolve().name), *points, sum(points), *extra, sentence(failed),
             f"{time.monotonic() - start:.1f}", sentence(changed), sentence(suspicions),
             "bubblewrap" if runners.isolated else "not isolated"]

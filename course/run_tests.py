@@ -163,7 +163,7 @@ class OneByOne:
         return said.removeprefix(word).decode(errors="replace") if said.startswith(word) else "tampered"
 
     def restored(self):
-        """Whether the test has changed files that later ones read. They are as they were now."""
+        """Whether the test had changed files that later ones read. Now they are as before."""
         for name, content in self.files.items():
             path = Path(self.folder, name)
             if not path.is_file() or path.read_bytes() != content:
